@@ -1,0 +1,1606 @@
+"""Align a language model with human preferences by Direct Preference Optimization (DPO), in one file.
+
+    python dpotrainer.py                                      edit the constants below, run
+    python dpotrainer.py --config FILE.yaml --beta 0.05       constants < YAML < command line
+    accelerate launch --config_file configs/accelerate/ddp.yaml dpotrainer.py          several GPUs
+
+Over pairs of a prompt x with a chosen answer y_w and a rejected answer y_l, DPO (Rafailov et al., 2023, arXiv 2305.18290,
+equation 7) minimises
+
+    loss = -log sigmoid(reward(x, y_w) - reward(x, y_l)),    reward(x, y) = beta * (log pi(y | x) - log pi_ref(y | x)).
+
+The log shows the mean of reward(x, y_w) as rewards/chosen, of reward(x, y_l) as rewards/rejected, of their difference as
+rewards/margins, and the share of pairs with a positive difference as rewards/accuracies. trl.DPOTrainer does the training;
+this file decides what a good run is, checks it before it costs anything (`--dry_run true` shows the plan and one pair as
+the model sees it), computes each pair's common prefix once, shows what happened, and loses nothing.
+
+OUTPUT_DIR gets the adapter with tokenizer and model card, settings.yaml (`--config OUTPUT_DIR/settings.yaml` repeats the
+run), metrics.jsonl, rewards.png, samples.md and checkpoint-N. The same command again continues an interrupted run.
+"""
+
+import argparse
+import difflib
+import errno
+import functools
+import hashlib
+import importlib.util
+import inspect
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import sys
+import time
+import warnings
+from collections import Counter, defaultdict
+from contextlib import closing
+from dataclasses import dataclass, field, fields
+from hashlib import blake2b
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from datasets import concatenate_datasets
+from filelock import FileLock, Timeout
+from huggingface_hub.constants import HF_HOME
+from matplotlib.figure import Figure
+from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import IntervalStrategy, rotate_checkpoints, sort_checkpoints
+from transformers.utils.peft_utils import find_adapter_config_file
+from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import use_adapter
+
+# fmt: off
+# ------------------------------------------------------------------------------------------------ constants: edit these
+MODEL_NAME = "Qwen/Qwen3-8B"  # hub name or folder of an instruct model, or of a PEFT adapter that SFT left behind
+DATASET_NAME = "trl-lib/ultrafeedback_binarized"  # hub name, folder, or jsonl, json, parquet, csv file of pairs
+OUTPUT_DIR = "qwen3-8b-dpo"  # everything that the run writes
+
+BETA = 0.1  # weight of staying near the reference: 0.05 moves further, 0.5 stays closer; 0.1 is the paper's
+LOSS_TYPE = "sigmoid"  # sigmoid (DPO), hinge, ipo, robust, ...: any of OBJECTIVES below, or a list of them
+MAX_LENGTH = 2048  # tokens of prompt plus answer; what is longer loses its end
+
+LEARNING_RATE = 5e-6  # ten times full fine-tuning's 5e-7 ("LoRA Without Regret", 2025); zephyr-7b-dpo-qlora's too
+LR_SCHEDULER_TYPE = "cosine"  # cosine, linear, constant_with_warmup, ...; cosine is the zephyr-7b recipes'
+WARMUP_STEPS = 0.1  # below 1: share of all steps; 0.1 is the zephyr-7b recipes'
+NUM_TRAIN_EPOCHS = 1.0  # passes over the pairs; zephyr-7b-dpo-qlora stops after one, a second mostly overfits
+GLOBAL_BATCH_SIZE = 64  # pairs per optimizer step over all GPUs, the paper's; accumulation is derived from it
+PER_DEVICE_BATCH_SIZE = 4  # pairs per forward on one GPU: changes memory and speed, never the result
+
+LORA_R = 32  # rank, 8 to 128; preferences need little capacity ("LoRA Without Regret", 2025)
+LORA_ALPHA = 32  # the update is scaled by alpha / r, here 1, as in zephyr-7b-dpo-qlora (128 / 128)
+LORA_DROPOUT = 0.0  # [0, 1); above 0 the policy's log-probs get noise that the reference's have not
+DTYPE = "bfloat16"  # of the frozen weights: bfloat16, float16, float32
+BF16 = True  # bf16 autocast: Ampere GPUs (2020) and newer
+GRADIENT_CHECKPOINTING = True  # recompute activations in the backward pass: a third more compute, far less memory
+
+EVAL_PAIRS = 500  # pairs held out when the data set has no test split
+EVAL_STEPS = 100  # optimizer steps between evaluations
+SAVE_STEPS = 100  # optimizer steps between checkpoints
+LOGGING_STEPS = 10  # optimizer steps between log lines
+SEED = 42  # of adapter, order and held-out pairs
+# --------------------------------------------------------------------------------------------------------- end of edits
+
+CONSTANTS = {  # constant: its name in YAML files and flags, which is TRL's
+    "MODEL_NAME": "model_name_or_path", "DATASET_NAME": "dataset_name", "OUTPUT_DIR": "output_dir", "BETA": "beta",
+    "LOSS_TYPE": "loss_type", "MAX_LENGTH": "max_length", "LEARNING_RATE": "learning_rate", "WARMUP_STEPS": "warmup_steps",
+    "LR_SCHEDULER_TYPE": "lr_scheduler_type", "NUM_TRAIN_EPOCHS": "num_train_epochs", "GLOBAL_BATCH_SIZE": "global_batch_size",
+    "PER_DEVICE_BATCH_SIZE": "per_device_train_batch_size", "LORA_R": "lora_r", "LORA_ALPHA": "lora_alpha",
+    "LORA_DROPOUT": "lora_dropout", "DTYPE": "dtype", "BF16": "bf16", "GRADIENT_CHECKPOINTING": "gradient_checkpointing",
+    "EVAL_PAIRS": "eval_pairs", "EVAL_STEPS": "eval_steps", "SAVE_STEPS": "save_steps", "LOGGING_STEPS": "logging_steps",
+    "SEED": "seed",
+}
+OUR_DEFAULTS = {  # where a good run differs from TRL's defaults
+    "use_peft": True, "lora_target_modules": "all-linear", "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True,
+    "eval_strategy": "steps", "save_total_limit": 2, "logging_first_step": True,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    "logging_nan_inf_filter": False,  # it would hide a loss that is not finite; we stop at one
+    "ddp_find_unused_parameters": False,  # every adapter weight gets a gradient
+    "ddp_timeout": 7200,  # seconds: a slow first tokenization must not trip the processes that wait for it
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+def setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Settings:
+    """What TRL has no name for; all else is in trl.ScriptArguments, trl.ModelConfig and trl.DPOConfig."""
+
+    global_batch_size: int = field(metadata={"help": "pairs per optimizer step over all processes"})
+    eval_pairs: int = field(metadata={"help": "pairs held out when the data set has no test split"})
+    share_prefixes: bool = setting(True, "compute each pair's common prefix once, and no padding")
+    reference: Literal["auto", "copy", "adapter"] = setting(
+        "auto", "auto: adapter off, or the SFT adapter if one is the start; copy: a second, frozen model; adapter: a frozen "
+                "copy of the starting adapter")
+    ref_model_name_or_path: str | None = setting(None, "frozen model of `reference: copy`; the policy's start when empty")
+    fresh_adapter: bool = setting(False, "merge the starting adapter and train a new one on top")
+    chat_strings: bool = setting(False, "wrap plain strings in the chat template")
+    sample_prompts: int = setting(8, "held-out prompts answered after training; 0: none")
+    merge: bool = setting(False, "also write the merged full model to OUTPUT_DIR/merged")
+    dry_run: bool = setting(False, "check everything, print the plan and one pair, then stop")
+    overwrite: bool = setting(False, "move an earlier run in output_dir aside and start afresh")
+
+
+OBJECTIVES = {  # loss_type: what it does, and where it is from
+    "sigmoid": "logistic loss of the margin, DPO (arXiv 2305.18290, eq. 7)", "hinge": "hinge loss of the margin, SLiC (arXiv 2305.10425)",
+    "ipo": "squared distance of the mean log-ratio gap from 1 / (2 beta), IPO (arXiv 2310.12036, eq. 17)",
+    "robust": "logistic loss made unbiased for flipped labels (arXiv 2403.00409)", "exo_pair": "reverse KL, EXO (arXiv 2402.00856, eq. 16)",
+    "nca_pair": "noise contrast of each reward, NCA (arXiv 2402.05369)", "bco_pair": "a classifier of each reward, BCO (arXiv 2404.04656)",
+    "sppo_hard": "squared distance to a hard win or loss, SPPO (arXiv 2405.00675)", "aot": "optimal transport of margins, AOT (arXiv 2406.05882)",
+    "aot_unpaired": "optimal transport of rewards, AOT (arXiv 2406.05882)", "apo_zero": "chosen up, rejected down (arXiv 2408.06266, eq. 7)",
+    "apo_down": "both down, rejected more (arXiv 2408.06266, eq. 8)", "discopop": "blend of logistic and exponential (arXiv 2406.08414, eq. 5)",
+    "sft": "cross-entropy of the chosen answer", "sigmoid_norm": "logistic loss of the length-normalised margin (arXiv 2405.14734)",
+}
+RANGES = {  # setting: lowest, highest, usual
+    "beta": (1e-6, 100, "0.05 to 0.5"), "learning_rate": (1e-12, 1e6, "5e-6 for LoRA"), "num_train_epochs": (1e-6, 1e6, "1"),
+    "label_smoothing": (0, 0.499, "0.1, the share of wrong labels"), "warmup_steps": (0, 1e9, "0.1"), "lora_r": (1, 1e5, "16 to 64"),
+    "lora_alpha": (1, 1e6, "lora_r"), "lora_dropout": (0, 0.999, "0"), "max_length": (2, 1e9, "1024 or 2048"),
+    "global_batch_size": (1, 1e9, "64"), "per_device_train_batch_size": (1, 1e9, "4"), "per_device_eval_batch_size": (1, 1e9, "4"),
+    "eval_pairs": (0, 1e9, "500"), "sample_prompts": (0, 1e6, "8"), "logging_steps": (1e-6, 1e9, "10"), "eval_steps": (1e-6, 1e9, "100"),
+    "save_steps": (1e-6, 1e9, "100"), "max_grad_norm": (0, 1e9, "1"), "weight_decay": (0, 1, "0"),
+}
+CONFLICTS = (  # setting, when it is wrong, why and what to do
+    ("loss_type", lambda s: set(s.loss_type) - set(OBJECTIVES), f"is unknown; one of {', '.join(OBJECTIVES)}"),
+    ("loss_weights", lambda s: s.loss_weights and len(s.loss_weights) != len(s.loss_type), "is not one weight per loss_type; give as many"),
+    ("label_smoothing", lambda s: s.label_smoothing and not {"robust", "exo_pair", "aot", "aot_unpaired"} & set(s.loss_type),
+     "has no effect with this loss_type; `loss_type: robust` uses it, else leave it out"),
+    ("label_smoothing", lambda s: "exo_pair" in s.loss_type and not s.label_smoothing, "must be above 0 for exo_pair; 1e-3 is the paper's"),
+    ("discopop_tau", lambda s: s.discopop_tau != 0.05 and "discopop" not in s.loss_type, "has no effect; only `loss_type: discopop` uses it"),
+    ("f_alpha_divergence_coef", lambda s: s.f_alpha_divergence_coef != 0.5 and s.f_divergence_type != "alpha_divergence",
+     "has no effect; only `f_divergence_type: alpha_divergence` uses it"),
+    ("ref_model_name_or_path", lambda s: s.ref_model_name_or_path and s.reference != "copy", "has no effect; only `reference: copy` uses it"),
+    ("sync_ref_model", lambda s: s.sync_ref_model, "cannot work with an adapter; leave it out"),
+    ("use_peft", lambda s: not s.use_peft, "is another program's work; full fine-tuning needs `trl dpo`, this one trains adapters"),
+    ("merge", lambda s: s.merge and (s.load_in_4bit or s.load_in_8bit), "would round the adapter into a quantised base; leave it out, "
+     "then merge into the bf16 base: README, 'Merging'"),
+    ("precompute_ref_log_probs", lambda s: s.precompute_ref_log_probs and is_sharded(), "does not work while the model is sharded; leave it out"),
+    ("bf16", lambda s: s.bf16 and s.fp16, "excludes fp16; choose one"),
+    ("padding_free", lambda s: s.padding_free, "is ignored by TRL; `share_prefixes: true` pads nothing"),
+    ("truncation_mode", lambda s: s.truncation_mode != "keep_start", "would cut prompts; keep_start"),
+    ("train_sampling_strategy", lambda s: s.train_sampling_strategy == "batch_rebalance", "makes unequal batches, and so weighs pairs unequally; random"),
+    ("trust_remote_code", lambda s: s.trust_remote_code, "would run code of the model's author; use a model that transformers knows"),
+    ("hub_token", lambda s: s.hub_token, "would be written to a file; `hf auth login`, or the environment's HF_TOKEN"),
+    ("dataset_streaming", lambda s: s.dataset_streaming, "cannot be checked beforehand; leave it out"),
+    ("auto_find_batch_size", lambda s: s.auto_find_batch_size, "would change the global batch; a smaller per_device_train_batch_size does not"),
+    ("resume_from_checkpoint", lambda s: s.resume_from_checkpoint, "is not needed; the same command continues by itself"),
+)
+# fmt: on
+
+
+class UserError(Exception):
+    """Ends the program with this message and no traceback; status 2 is a mistake that the message says how to mend."""
+
+    def __init__(self, message: str, status: int = 2):
+        super().__init__(message)
+        self.status = status
+
+
+def is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def is_sharded() -> bool:
+    return any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true") for name in ("FSDP", "DEEPSPEED"))
+
+
+def say(*lines: Any) -> None:
+    if is_main():
+        print(*lines, sep="\n", flush=True)
+
+
+def closest(name: str, names) -> str:
+    match = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"did you mean {match[0]}?" if match else "`--help` lists all settings"
+
+
+def read_constants() -> tuple[dict[str, Any], list[str]]:
+    """The edited constants by their setting's name, and a problem for each that is misspelt or missing."""
+    source = Path(__file__).read_text(encoding="utf-8").split("\nCONSTANTS = ")[0]
+    written = re.findall(r"^([A-Z][A-Z0-9_]*)(?:\s*:.*?)?\s*=", source, flags=re.M)
+    problems = [f"constant {n}: does not exist; {closest(n, CONSTANTS)}" for n in written if n not in CONSTANTS]
+    problems += [f"constant {n}: is missing at the top of the file; put it back" for n in CONSTANTS if n not in written]
+    module = vars(sys.modules[__name__])
+    return {setting: module[name] for name, setting in CONSTANTS.items() if name in module}, problems
+
+
+def as_flags(mapping: dict[str, Any]) -> list[list[str]]:
+    """Settings as the command-line words that say the same, so that every layer passes the same checks."""
+    groups = []
+    for name, value in mapping.items():
+        if isinstance(value, list):
+            groups.append([f"--{name}", *map(str, value)])
+        else:
+            groups.append([f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"])
+    return groups
+
+
+def parse_layer(parser, groups: list[list[str]], layer: str, problems: list[str]) -> dict[str, Any]:
+    """Parse each setting of one layer on its own, so that every wrong one is found."""
+    names, values = {action.dest for action in parser._actions}, {}
+    for group in groups:
+        name = group[0].removeprefix("--").split("=")[0].replace("-", "_")
+        if group[0] == f"--{name}=None" and name in names:  # an empty value in YAML, None in a constant
+            values[name] = None
+            continue
+        try:
+            parsed, unknown = parser.parse_known_args(group, argparse.Namespace(**dict.fromkeys(names)))
+        except (argparse.ArgumentError, ValueError) as error:
+            problems.append(f"{layer}: {error}")
+            continue
+        if unknown:
+            problems.append(f"{layer}: {unknown[0]!r} is not a setting; {closest(name, names)}")
+        values |= {name: value for name, value in vars(parsed).items() if value is not None}
+    return values
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path}: {' '.join(str(error).split())}; give a readable YAML file") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: holds no settings; write lines such as `beta: 0.1`")
+    os.environ.update({name: str(value) for name, value in content.pop("env", {}).items()})
+    return content
+
+
+def parse_settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Constants, then the YAML file, then flags, as one flat namespace, and all problems found on the way.
+
+    The namespace holds every field of Settings, ScriptArguments, ModelConfig and DPOConfig, and `given`: the names
+    that the YAML file or the command line set.
+    """
+    parser = TrlParser((Settings, ScriptArguments, ModelConfig, DPOConfig), allow_abbrev=False, exit_on_error=False)
+    parser.description = "Direct Preference Optimization with LoRA. Constants < --config FILE.yaml < flags."
+    parser.add_argument("--config", help="YAML file of settings, by the names below")
+    constants, problems = read_constants()
+    parser.set_defaults_with_config(**OUR_DEFAULTS, **constants)
+    if {"-h", "--help"} & set(argv):
+        parser.parse_args(["--help"])
+    groups: list[list[str]] = []
+    for word in argv:  # ["--beta", "0.1", "--bf16"] -> [["--beta", "0.1"], ["--bf16"]]
+        groups.append([word]) if word.startswith("--") or not groups else groups[-1].append(word)
+    flags = parse_layer(parser, groups, "command line", problems)
+    config = flags.pop("config", None)
+    from_file = parse_layer(parser, as_flags(read_yaml(config)), config, problems) if config else {}
+    names = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
+    defaults = {name: parser.get_default(name) for name in names}
+    values = defaults | parse_layer(parser, as_flags(constants), "constants", problems) | from_file | flags
+    for name, value in values.items():  # dictionaries travel as JSON
+        if isinstance(value, str) and value.startswith("{"):
+            values[name] = json.loads(value)
+    if isinstance(values["lora_target_modules"], list) and len(values["lora_target_modules"]) == 1:
+        values["lora_target_modules"] = values["lora_target_modules"][0]  # "all-linear", or a pattern
+    return argparse.Namespace(**values, given=set(from_file) | set(flags)), problems
+
+
+def check_batch(s: argparse.Namespace) -> list[str]:
+    """Derive gradient accumulation from global_batch_size, or say which sizes would divide it."""
+    world, given = int(os.environ.get("WORLD_SIZE", "1")), s.gradient_accumulation_steps
+    per_pass = s.per_device_train_batch_size * world
+    if "per_device_eval_batch_size" not in s.given:
+        s.per_device_eval_batch_size = s.per_device_train_batch_size
+    if "gradient_accumulation_steps" in s.given and "global_batch_size" not in s.given:
+        s.global_batch_size = per_pass * given  # a file written for `trl dpo` keeps its meaning
+    if s.global_batch_size % per_pass:
+        sizes = [n for n in range(1, s.global_batch_size + 1) if s.global_batch_size % (n * world) == 0]
+        fix = f"per_device_train_batch_size one of {sizes}" if sizes else f"a multiple of {world}"
+        return [f"global_batch_size={s.global_batch_size}: is no multiple of {per_pass // world} per device x {world} processes; {fix}"]
+    s.gradient_accumulation_steps = s.global_batch_size // per_pass
+    if "gradient_accumulation_steps" in s.given and given != s.gradient_accumulation_steps:
+        return [f"gradient_accumulation_steps={given}: is {s.gradient_accumulation_steps} by global_batch_size; leave one out"]
+    return []
+
+
+def check_settings(s: argparse.Namespace) -> list[str]:
+    """Everything that is wrong with the settings, each with its fix, before anything is downloaded or written."""
+    problems = []
+    for name, (low, high, usual) in RANGES.items():
+        value = getattr(s, name)
+        if name == "num_train_epochs" and s.max_steps > 0 or value is None and name in ("max_length", "eval_steps"):
+            continue
+        if value is None or not low <= value <= high:
+            problems.append(f"{name}={value}: must lie between {low:g} and {high:g}; {usual} is usual")
+    problems += [f"{name}={getattr(s, name)}: {text}" for name, wrong, text in CONFLICTS if wrong(s)]
+    problems += check_batch(s) if not problems else []
+    for name in ("model_name_or_path", "dataset_name", "ref_model_name_or_path"):
+        value = getattr(s, name)
+        local = value and (value.startswith((".", "/", "~")) or value.count("/") > 1 or re.search(r"\.(jsonl?|parquet|csv)$", value))
+        if value == "" or local and not Path(value).expanduser().exists():
+            problems.append(f"{name}={value}: there is no such file or folder in {Path.cwd()}; check the path")
+    output = Path(s.output_dir).absolute()
+    existing = next(parent for parent in (output, *output.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        problems.append(f"output_dir={s.output_dir}: {existing} is not a folder that can be written; choose another")
+    return problems
+
+
+def check_machine(s: argparse.Namespace) -> list[str]:
+    """What this machine lacks: GPU, bf16, one process per GPU, optional packages."""
+    problems, cuda = [], torch.cuda.is_available()
+    if not s.use_cpu and not cuda:
+        problems.append("no CUDA GPU: PyTorch sees none, and the run needs one; `python dpotrainer.py --config "
+                        "configs/quickstart.yaml` runs anywhere, `--use_cpu true` serves tiny models")  # fmt: skip
+    if not s.use_cpu and cuda and s.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        problems.append(f"bf16=True: {torch.cuda.get_device_name()} has none; `--bf16 false --fp16 true --dtype float16`")
+    if not s.use_cpu and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
+        problems.append(f"{torch.cuda.device_count()} GPUs but one process: `accelerate launch --config_file "
+                        "configs/accelerate/ddp.yaml dpotrainer.py` uses all, `CUDA_VISIBLE_DEVICES=0` one")  # fmt: skip
+    needed = [name for name in np.atleast_1d(s.report_to) if name in ("tensorboard", "wandb", "trackio")]
+    needed += ["bitsandbytes"] if s.load_in_4bit or s.load_in_8bit or "8bit" in str(s.optim) else []
+    missing = [name for name in needed if not importlib.util.find_spec(name)]
+    return problems + [f"{name}: these settings need it, and it is not installed; `pip install {name}`" for name in missing]
+
+
+HUB_FIXES = {  # what the error of a hub or file says: what to do
+    r"gated|restricted|401|403": "accept its licence on its page, then log in with `hf auth login`",
+    r"connect|offline|resolve|timed? ?out|network|LocalEntry": "connect to the network, or give a local folder",
+    r"safetensors": "give weights as safetensors: pickled ones can run code",
+    r"": "check the spelling; a private one needs `hf auth login`",
+}
+
+
+def fetch(setting: str, name: str, load, *args, **kwargs):
+    """load(*args, **kwargs), with every way in which a hub or a file can fail told in one line."""
+    try:
+        return load(*args, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        text = f"{type(error).__name__} {type(error.__cause__).__name__} {error}"
+        fix = next(fix for pattern, fix in HUB_FIXES.items() if re.search(pattern, text, re.IGNORECASE))
+        raise UserError(f"{setting}={name}: cannot be loaded: {str(error).strip().splitlines()[0]}; {fix}") from error
+
+
+# ------------------------------------------------------------------------------------------------------ preferences
+
+LAYOUTS = {  # what each column must hold; a column not named may be there or not
+    "standard": {"prompt": "text", "chosen": "text", "rejected": "text"},
+    "conversational": {"prompt": "messages", "chosen": "messages", "rejected": "messages"},
+    "prompt beside conversations": {"prompt": "text", "chosen": "messages", "rejected": "messages"},
+    "conversations": {"prompt": "nothing", "conversations": "nothing", "chosen": "messages", "rejected": "messages"},
+    "ShareGPT": {"conversations": "messages", "chosen": "messages", "rejected": "messages"},
+    "transcripts": {"chosen": "transcript text", "rejected": "transcript text"},
+}
+SCORES = [("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen-rating", "rejected-rating")]
+ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
+ROLES |= {"human": "user", "gpt": "assistant", "bot": "assistant"}
+PREPARED = ("prompt_ids", "chosen_ids", "rejected_ids", "pair_hash", "needed_tokens", "dropped", "template")
+BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def kind_of(value) -> str:
+    """Tell what a cell holds: "text", "transcript text" (it opens with a Human turn), "messages" or its type."""
+    if isinstance(value, str):
+        return "transcript text" if re.match(r"\s*Human:", value) else "text"
+    turns = [value] if isinstance(value, dict) else value
+    is_messages = isinstance(turns, list) and all(isinstance(t, dict) and {"role", "from"} & t.keys() for t in turns)
+    return "messages" if is_messages else type(value).__name__
+
+
+def recognise_layout(dataset, source: str) -> str:
+    """Name the one layout that fits the columns, judged by the first row that has something in all of them."""
+    rows = list(dataset.select(range(min(len(dataset), 100))))
+    told = {column for kinds in LAYOUTS.values() for column in kinds}.intersection(dataset.column_names)
+    found = next((row for row in rows if all(row[column] for column in told)), rows[0])
+    found = {column: kind_of(value) for column, value in found.items()}
+    names = [name for name, kinds in LAYOUTS.items()
+             if all(found.get(column, "nothing").endswith(kind) for column, kind in kinds.items())]
+    if len(names) == 1:
+        return names[0]
+    problem = f"more than one known layout ({', '.join(names)})" if names else "no known layout"
+    table = [f"  {name:<28}{', '.join(f'{column}: {kind}' for column, kind in kinds.items())}"
+             for name, kinds in {"columns found": found, **LAYOUTS}.items()]
+    raise UserError("\n".join([f"{source}: the columns fit {problem}. Rename or remove some until one fits.", *table]))
+
+
+def read_messages(value: dict | list[dict], where: str) -> list[dict]:
+    """One message or several, {role, content} or {from, value}, as a list of {role, content, ...}."""
+    messages = []
+    # arrow gives every struct of a column the keys of all, with None for those it had not
+    value = json.loads(json.dumps(value), object_hook=lambda d: {k: v for k, v in d.items() if v is not None})
+    for turn in [value] if isinstance(value, dict) else value:
+        if "from" in turn:
+            turn = {{"from": "role", "value": "content"}.get(key, key): item for key, item in turn.items()}
+        role, content = turn.get("role"), turn.get("content", "" if turn.get("tool_calls") else None)
+        if str(role).lower() not in ROLES:
+            raise UserError(f"{where}: unknown role {role!r}; known are {', '.join(ROLES)}.")
+        if not isinstance(content, str):
+            raise UserError(f"{where}: the content of a message is {type(content).__name__}, not text.")
+        messages.append({**turn, "role": ROLES[role.lower()], "content": content})
+    return messages
+
+
+def read_transcript(text: str, where: str) -> list[dict]:
+    r"""hh-rlhf's text, "\n\nHuman: ...\n\nAssistant: ...", as a list of {role, content}."""
+    names = {"Human": "user", "Assistant": "assistant"}
+    parts = re.split(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):", text)[1:]
+    return [{"role": names[name], "content": said.strip()} for name, said in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def is_blank(side: str | list[dict]) -> bool:
+    """Whether a text, or the last of some messages, says nothing."""
+    last = {"content": side} if isinstance(side, str) else side[-1] if side else {"content": ""}
+    return not (last["content"].strip() or last.get("tool_calls"))
+
+
+def canonical_pair(row: dict, layout: str, chat_strings: bool, where: str) -> tuple | str:
+    """One row as (prompt, chosen, rejected), all text or all lists of messages; or why it is dropped."""
+    readers, sides = {"messages": read_messages, "transcript text": read_transcript}, {"prompt": None}
+    for column, kind in LAYOUTS[layout].items():
+        if kind != "nothing":
+            if not kind_of(row[column]).endswith(kind.split()[-1]):
+                raise UserError(f"{where}: {column} holds {kind_of(row[column])}, not {kind}.")
+            side = readers[kind](row[column], where) if kind in readers else row[column]
+            if chat_strings and layout == "standard":
+                side = [{"role": "user" if column == "prompt" else "assistant", "content": side}]
+            sides["prompt" if column == "conversations" else column] = side
+    prompt, chosen, rejected = sides.values()
+    if any(is_blank(side) for side in sides.values() if side is not None):
+        return "empty side"
+    if chosen == rejected:
+        return "chosen equals rejected"
+    if any(row.get(a) not in (None, "") and row[a] == row.get(b) for a, b in SCORES):
+        return "tied scores"
+    if isinstance(chosen, str):
+        return prompt, chosen, rejected
+    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
+        return "no final assistant turn"
+    return split_history(prompt, chosen, rejected)
+
+
+def split_history(prompt: list[dict] | str | None, chosen: list[dict], rejected: list[dict]) -> tuple | str:
+    """(prompt, chosen, rejected) without the history that both conversations repeat; or why the pair is dropped.
+
+    A `prompt` of messages stands, repeated or not. Otherwise the prompt is what both share, up to the last turn that
+    asks for an answer; a `prompt` of text must be one of its user turns.
+    """
+    limit = min(len(chosen), len(rejected))
+    size = next((i for i in range(limit) if chosen[i] != rejected[i]), limit)
+    if isinstance(prompt, list):
+        size = len(prompt) if len(prompt) < limit and prompt == chosen[: len(prompt)] == rejected[: len(prompt)] else 0
+        return prompt, chosen[size:], rejected[size:]
+    size = next((i for i in range(size, 0, -1) if chosen[i - 1]["role"] in ("user", "tool")), 0)
+    asked = [turn["content"].strip() for turn in chosen[:size] if turn["role"] == "user"]
+    if not asked or (prompt is not None and prompt.strip() not in asked):
+        return "histories differ"
+    return "empty side" if is_blank(chosen[:size]) else (chosen[:size], chosen[size:], rejected[size:])
+
+
+def render_pair(pair: tuple, extra: dict, tokenizer, where: str) -> tuple[list[str] | str, str]:
+    """([prompt, prompt + chosen, prompt + rejected], the template's arguments) or (why it is dropped, "").
+
+    The first arguments that render the prompt alone as the beginning of both others are taken. Qwen3 writes an empty
+    think block into the last answer: it belongs to the prompt, but for answers that carry reasoning of their own.
+    """
+    prompt, *answers = pair
+    if isinstance(prompt, str):
+        return [prompt, *(prompt + answer for answer in answers)], "none"
+    for choice in [{"enable_thinking": False}, {}] if "enable_thinking" in str(tokenizer.chat_template) else [{}]:
+        options = {"tokenize": False, **choice, **extra}
+        try:
+            alone = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)
+            whole = [tokenizer.apply_chat_template(prompt + answer, **options) for answer in answers]
+        except Exception as error:  # jinja's own errors, and whatever a template raises to refuse a conversation
+            raise UserError(f"{where}: the chat template refuses this pair: {error}") from error
+        if all(text.startswith(alone) for text in whole):
+            return [alone, *whole], ", ".join(f"{key}={value}" for key, value in choice.items()) or "defaults"
+    if max(map(len, answers)) > 1:
+        return "histories differ", ""
+    other = next(text for text in whole if not text.startswith(alone))
+    parted = len(os.path.commonprefix([alone, other]))
+    alone, other = (repr(text[max(0, parted - 80) : parted + 80]) for text in (alone, other))
+    raise UserError(
+        f"{where}: the chat template renders the prompt differently alone, as the model in use sees it, than with its "
+        f"answer; they part after {parted} characters:\n  alone        {alone}\n  with answer  {other}\n"
+        "Save a chat_template.jinja that renders both alike beside the tokenizer."
+    )
+
+
+def measure_pair(prompt: list[int], chosen: list[int], rejected: list[int], max_length: int | None) -> tuple:
+    """Columns PREPARED, short of the last, from the token ids of a prompt and its answers.
+
+    `needed_tokens` counts the distinct tokens of both rows after truncation: their common prefix once, and short of
+    either's last token. `pair_hash` hashes both truncated rows and where their answers begin, alike on every machine.
+    """
+    a, b = (np.array(prompt + answer, "<i4")[:max_length] for answer in (chosen, rejected))
+    short = min(len(a), len(b))
+    shared = next(iter(np.flatnonzero(a[:short] != b[:short])), short)
+    rules = {
+        "chosen equals rejected": chosen == rejected,
+        "prompt leaves no room": max_length is not None and len(prompt) >= max_length,
+        "equal after truncation": shared == len(a) == len(b),
+    }
+    dropped = next((reason for reason, holds in rules.items() if holds), "")
+    bits = blake2b(np.concatenate([[len(prompt), len(a)], a, b]).astype("<i4").tobytes(), digest_size=8).digest()
+    needed = len(a) + len(b) - min(shared, short - 1)
+    return prompt, chosen, rejected, int.from_bytes(bits, "little", signed=True), needed, dropped
+
+
+def tokenize_pairs(pairs: list, tokenizer, raw: bool):
+    """Yield the token ids of prompt, chosen and rejected for each [prompt, prompt + chosen, prompt + rejected]."""
+
+    def encode(texts, special=False):
+        return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False).input_ids
+
+    ends = (tokenizer.eos_token, *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special))
+    start, bare, texts = encode("x", True), encode("x"), []
+    start = start[: start.index(bare[0])] if raw else []  # a template writes the bos itself
+    for alone, *whole in pairs:
+        whole = [text if text.rstrip().endswith(ends) else text + tokenizer.eos_token for text in whole]
+        # special tokens part a text: what precedes the prompt's last one is tokenized once instead of three times
+        size = max(0, *map(alone.rfind, ends))
+        texts += [alone[:size], *(text[size:] for text in (alone, *whole))]
+    ids = encode(texts) if texts else []
+    for i in range(0, len(ids), 4):
+        head, tail, *both = ids[i : i + 4]
+        # where tokens merge across the boundary, the answer is tokenized apart: in use, it starts with a new token
+        answers = [joint[len(tail) :] if joint[: len(tail)] == tail else encode(text[len(texts[i + 1]) :])
+                   for joint, text in zip(both, texts[i + 2 : i + 4], strict=True)]
+        yield start + head + tail, *answers
+
+
+def prepare_batch(batch: dict, numbers: list[int], tokenizer, layout: str, options: dict, source: str) -> dict:
+    """Columns as they were read to the columns PREPARED; a pair that is dropped before it is tokenized has no tokens."""
+    results = []
+    for number, *cells in zip(numbers, *batch.values(), strict=True):
+        row, where = dict(zip(batch, cells, strict=True)), f"{source}, row {number + 1}"
+        pair = canonical_pair(row, layout, options["chat_strings"], where)
+        extra = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
+        results.append((pair, "") if isinstance(pair, str) else render_pair(pair, extra, tokenizer, where))
+    rendered = [texts for texts, template in results if template]
+    ids = tokenize_pairs(rendered, tokenizer, raw=layout == "standard" and not options["chat_strings"])
+    rows = [(*measure_pair(*next(ids), options["max_length"]), form) if form else ([], [], [], 0, 0, reason, "")
+            for reason, form in results]
+    return dict(zip(PREPARED, map(list, zip(*rows, strict=True)), strict=True))
+
+
+def prepare_split(dataset, split: str, settings, tokenizer) -> tuple:
+    """One split, tokenized and without its bad pairs, and the report on it."""
+    from datasets import Features, List, Value
+
+    source = f"{settings.dataset_name} ({split})"
+    if not len(dataset):
+        raise UserError(f"{source} has no rows.")
+    layout = recognise_layout(dataset, source)
+    if tokenizer.chat_template is None and (layout != "standard" or settings.chat_strings):
+        raise UserError(f"{source} needs a chat template, and the tokenizer has none. Start from the model's instruct "
+                        "version, or save a chat_template.jinja beside its tokenizer.")
+    read = sorted({*LAYOUTS[layout], *sum(SCORES, ()), "tools", "chat_template_kwargs"}.intersection(dataset.features))
+    options = {"chat_strings": settings.chat_strings, "max_length": settings.max_length}
+    # our own key for the cache: the default one pickles the tokenizer, which differs from run to run
+    code = [kind_of, read_messages, read_transcript, is_blank, canonical_pair, split_history, render_pair, measure_pair]
+    key = [dataset._fingerprint, read, options, LAYOUTS, SCORES, ROLES, tokenizer.backend_tokenizer.to_str()]
+    key += [tokenizer.chat_template, tokenizer.special_tokens_map]
+    key += map(inspect.getsource, [*code, tokenize_pairs, prepare_batch])
+    types = [List(Value("int32"))] * 3 + [Value("int64")] * 2 + [Value("string")] * 2
+    table = dataset.select_columns(read).map(
+        prepare_batch, with_indices=True, batched=True, batch_size=256, remove_columns=read, desc=f"Tokenizing {split}",
+        fn_kwargs={"tokenizer": tokenizer, "layout": layout, "options": options, "source": source},
+        features=Features(zip(PREPARED, types, strict=True)), num_proc=settings.dataset_num_proc,
+        new_fingerprint=blake2b(repr(key).encode(), digest_size=16).hexdigest(),
+    )
+    ignored = ", ".join(sorted({*dataset.features}.difference(read)))
+    report = {"layout": layout, "ignored columns": ignored or "none", **count_split(table, settings.max_length)}
+    if report["kept"] * 2 < report["read"]:
+        raise UserError(f"{source}: too few pairs can be used.\n{format_split(report)}")
+    kept = np.flatnonzero(column_values(table, "dropped") == "")
+    return table.remove_columns(["dropped", "template"]).select(kept), report
+
+
+def column_values(dataset, name: str) -> np.ndarray:
+    """A column as an array of (N,); of a column of token ids, how many. No python loop, and no ids are read."""
+    import pyarrow.compute as pc
+
+    column = dataset.data.column(name)
+    values = (pc.list_value_length(column) if name.endswith("_ids") else column).to_numpy()
+    return values if dataset._indices is None else values[dataset._indices.column(0).to_numpy()]
+
+
+def token_lengths(dataset) -> dict[str, np.ndarray]:
+    """Numbers of tokens before truncation, (N,) each: of prompt, and of chosen and rejected without their prompt."""
+    return {side: column_values(dataset, f"{side}_ids") for side in ("prompt", "chosen", "rejected")}
+
+
+def count_split(table, max_length: int | None) -> dict:
+    """What was read, kept and dropped (the first five rows by number, from 1), and what max_length cuts."""
+    dropped, template, hashes = (column_values(table, name) for name in ("dropped", "template", "pair_hash"))
+    good, lengths = dropped == "", token_lengths(table)
+    rows = np.stack([lengths["prompt"] + lengths[side] for side in ("chosen", "rejected")])  # (2, N) tokens
+    tokenized = np.sort(rows[:, template != ""], axis=None)  # with those whose prompt left no room
+    found = {reason: np.flatnonzero(dropped == reason) + 1 for reason in sorted({*dropped[~good]})}
+    return {
+        "template arguments": dict(Counter(template[good])),
+        "read": len(table),
+        "dropped": {reason: (len(rows), rows[:5].tolist()) for reason, rows in found.items()},
+        "kept": int(good.sum()),
+        "duplicates": int(good.sum()) - len(np.unique(hashes[good])),
+        "max_length": max_length,
+        "answers cut": float((rows[:, good] > (max_length or np.inf)).mean()) if good.any() else 0.0,
+        "max_length for less than 1%": int(tokenized[-len(tokenized) // 100]) if len(tokenized) else None,
+    }
+
+
+def format_split(report: dict) -> str:
+    """One split's report as aligned lines."""
+    lines = {name: f"{value:.1%}" if isinstance(value, float) else value for name, value in report.items()}
+    for reason, (count, rows) in lines.pop("dropped").items():
+        lines[f"dropped: {reason}"] = f"{count} (rows {', '.join(map(str, rows))}{', ...' * (count > len(rows))})"
+    return "\n".join(f"    {name:<34}{value}" for name, value in lines.items())
+
+
+def hold_out(pairs, count: int, seed: int) -> tuple:
+    """(train, held-out): `count` pairs, a fifth at most, that the seed picks; equal pairs stay on one side."""
+    _, group, sizes = np.unique(column_values(pairs, "pair_hash"), return_inverse=True, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    held = np.isin(group, order[np.cumsum(sizes[order]) <= min(count, len(pairs) // 5)])
+    return pairs.select(np.flatnonzero(~held)), pairs.select(np.flatnonzero(held)) if held.any() else None
+
+
+def find_bad_row(path: Path) -> str:
+    """Where the JSON file at `path`, or one in the folder, is broken; empty when none is."""
+    for file in [path] if path.is_file() else sorted(path.rglob("*.json*")):
+        with file.open("rb") as lines:
+            for number, line in enumerate([lines.read()] if lines.peek(1)[:1] == b"[" else lines, 1):
+                try:  # encoding finds lone surrogates, which arrow refuses and json lets pass
+                    json.dumps(json.loads(line.strip() or b"{}"), ensure_ascii=False).encode()
+                except ValueError as error:
+                    return f"{file}, row {number}: {error}"
+    return ""
+
+
+def read_splits(settings) -> dict:
+    """{split name: data set}: the one to train on and, where there is one, the one held out."""
+    from datasets import load_dataset
+
+    name, path = settings.dataset_name, Path(settings.dataset_name).expanduser()
+    builder, known = BUILDERS.get(path.suffix), ", ".join(BUILDERS)
+    if path.is_file() != bool(builder) or (name[:1] in "./~" and not path.exists()):
+        raise UserError(f"dataset_name: {name} is no folder, and no file of a known type ({known}).")
+    source = {"path": str(path) if path.exists() else name, "name": settings.dataset_config}
+    if path.is_file():
+        source = {"path": builder, "data_files": str(path)}
+        source |= {"keep_default_na": False} if builder == "csv" else {}  # an answer "None" is text
+    try:
+        found = load_dataset(**source)
+    except Exception as error:  # the network's, the hub's, arrow's, pandas'
+        reason = (find_bad_row(path) if path.exists() else "") or f"{type(error).__name__}: {error}"
+        raise UserError(f"The data set {name} cannot be read: {reason}\nA name on the hub takes a network, the right "
+                        "spelling, and for a gated one `hf auth login`; a folder must hold files of a known type "
+                        f"({known}).") from error
+    train, test = settings.dataset_train_split, settings.dataset_test_split
+    if (train, test) == ("train", "test") and train not in found and "train_prefs" in found:
+        train, test = "train_prefs", "test_prefs"
+    if train not in found or test not in {*found, "test", "test_prefs"}:
+        raise UserError(f"The data set {name} has the splits {', '.join(found)}, but not both dataset_train_split "
+                        f"({train}) and dataset_test_split ({test}).")
+    return {name: found[name] for name in (train, test) if name in found}
+
+
+def load_preferences(settings, tokenizer) -> tuple:
+    """Read, check, tokenize and split the pairs: (train, held_out or None, report).
+
+    Columns: prompt_ids, chosen_ids, rejected_ids (untruncated; a row is prompt + answer), pair_hash, needed_tokens.
+    """
+    from trl.trainer.utils import global_then_local_main_first
+
+    with global_then_local_main_first():  # the other processes find the main one's work in the cache
+        splits = {name: prepare_split(data, name, settings, tokenizer) for name, data in read_splits(settings).items()}
+    train, *test = (pairs for pairs, _ in splits.values())
+    train, held_out = (train, *test) if test else hold_out(train, settings.eval_pairs, settings.seed)
+    both = np.isin(*(column_values(pairs, "pair_hash") for pairs in (train, held_out))).sum() if held_out else 0
+    report = {"data": settings.dataset_name, "train": len(train), "held out": len(held_out or []), "in both": int(both)}
+    return train, held_out, report | {"splits": {name: part for name, (_, part) in splits.items()}}
+
+
+def format_report(report: dict) -> str:
+    """The report on the data as aligned lines."""
+    both = f" ({report['in both']} of them among those held out)" * (report["in both"] > 0)
+    head = f"{report['data']}: {report['train']} pairs to train on{both}, {report['held out']} held out"
+    return "\n".join([head, *(f" split {name}\n{format_split(part)}" for name, part in report["splits"].items())])
+
+
+def describe_pair(tokenizer, pair: dict, max_length: int | None) -> str:
+    """One pair as the model sees it, special tokens and all; long texts are shortened in the middle."""
+    lines, room = [], max_length or sys.maxsize
+    for side in ("prompt", "chosen", "rejected"):
+        ids = pair[f"{side}_ids"]
+        text = tokenizer.decode(ids[: max(room, 0)])
+        text = text if len(text) <= 480 else f"{text[:320]} [...] {text[-160:]}"
+        cut = f" | {len(ids) - room} tokens cut by max_length {max_length}" * (len(ids) > room)
+        lines.append(f"{side:<9}{len(ids):>6} tokens  {text!r}{cut}")
+        room -= len(ids) if side == "prompt" else 0
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ policy and reference
+def load_start(s: argparse.Namespace) -> argparse.Namespace:
+    """Where the run starts: base, adapter (None unless model_name_or_path is one), tokenizer, config, reference, description."""
+    name = os.path.expanduser(s.model_name_or_path)
+    path = fetch("model_name_or_path", name, find_adapter_config_file, name, revision=s.model_revision)
+    adapter = name if path else None
+    base = json.loads(Path(path).read_text(encoding="utf-8"))["base_model_name_or_path"] if path else name
+    if adapter is None and (s.reference == "adapter" or s.fresh_adapter):
+        raise UserError(f"reference={s.reference}, fresh_adapter={s.fresh_adapter}: {name} is no adapter; leave them out")
+    kind = "adapter" if adapter and not s.fresh_adapter and s.reference == "auto" else s.reference
+    text = {"auto": "the policy with its adapter switched off" + (" (the SFT model)" if adapter else ""),
+            "copy": f"a second, frozen model ({s.ref_model_name_or_path or name})",
+            "adapter": f"a frozen copy of the starting adapter ({adapter})"}[kind]  # fmt: skip
+    has_tokenizer = adapter is None or Path(adapter, "tokenizer_config.json").exists()
+    source = name if has_tokenizer else base
+    tokenizer = fetch("model_name_or_path", source, AutoTokenizer.from_pretrained, source, trust_remote_code=False)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    config = fetch("model_name_or_path", base, AutoConfig.from_pretrained, base, trust_remote_code=False)
+    return argparse.Namespace(base=base, adapter=adapter, tokenizer=tokenizer, config=config, reference=kind, text=text)
+
+
+def load_model(s: argparse.Namespace, args: DPOConfig, base: str, adapter: str | None, trainable: bool):
+    """(causal LM on this process's one device, why its prefixes are not shared or None); adapter on top, or merged."""
+    from_hub = {"revision": s.model_revision} if base == s.model_name_or_path else {}
+    on_gpu = {"device_map": {"": args.device}} if args.device.type == "cuda" and not is_sharded() else {}
+    model = fetch("model", base, AutoModelForCausalLM.from_pretrained, base, **from_hub, **on_gpu, dtype=s.dtype,
+                  attn_implementation=s.attn_implementation, quantization_config=get_quantization_config(s),
+                  use_safetensors=True, trust_remote_code=False)  # fmt: skip
+    reason = why_not_shared(model, s)
+    if reason is None:
+        share_prefixes(model)
+    if adapter:
+        model = fetch("adapter", adapter, PeftModel.from_pretrained, model, adapter, is_trainable=trainable)
+        model = model if trainable else model.merge_and_unload()
+    return model, reason
+
+
+def build_trainer(s, args, start, train, held_out) -> "PreferenceTrainer":
+    """Policy, reference and pairs in a DPOTrainer: with `ref_model=None` TRL switches the adapter off, or copies the SFT one."""
+    set_seed(s.seed)
+    continues = bool(start.adapter) and not s.fresh_adapter
+    policy, reason = load_model(s, args, start.base, start.adapter, trainable=continues)
+    reference = None
+    if start.reference == "copy":
+        other = (s.ref_model_name_or_path, None) if s.ref_model_name_or_path else (start.base, start.adapter)
+        reference, why = load_model(s, args, *other, trainable=False)
+        reason = reason or why
+    trainer = PreferenceTrainer(
+        model=policy, ref_model=reference, args=args, train_dataset=train, eval_dataset=held_out,
+        processing_class=start.tokenizer, peft_config=None if continues else get_peft_config(s),
+        data_collator=PreferenceCollator(start.tokenizer.pad_token_id, s.max_length, share_prefixes=reason is None),
+        compute_metrics=pair_metrics,
+    )  # fmt: skip
+    if args.bf16 and args.device.type == "cuda":
+        for module in trainer.model.modules():  # PEFT casts inputs up and autocast down again: lossless, and not free
+            if hasattr(module, "cast_input_dtype_enabled"):
+                module.cast_input_dtype_enabled = False
+    return trainer
+
+
+class PreferenceTrainer(DPOTrainer):
+    """trl.DPOTrainer on tokenised pairs, with an exact evaluation, and checkpoints that are whole or do not count."""
+
+    def _prepare_dataset(self, dataset, *_):
+        return dataset  # load_preferences has tokenised and checked it
+
+    def stop_unless_finite(self, value, what: str, inputs: dict) -> None:
+        if not math.isfinite(value):
+            starts = [row[:60] for row in inputs["input_ids"][: len(inputs["input_ids"]) // 2].tolist()] if inputs else []
+            pairs = "".join(f"\n  {text[:100]!r}" for text in self.processing_class.batch_decode(starts))
+            text = ADVICE["not finite"][1].format(what=what, step=self.state.global_step + 1, lr=self.args.learning_rate)
+            raise UserError(text + (f" Its pairs begin:{pairs}" if pairs else ""), status=1)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.stop_unless_finite(loss, "loss", inputs)
+        return loss
+
+    def _clip_grad_norm(self, model):
+        norm = super()._clip_grad_norm(model)
+        self.stop_unless_finite(norm, "gradient", {})
+        return norm
+
+    def pair_logps(self, model, inputs) -> tuple:
+        """Log-probs of the answers, (B,) each: policy's chosen, rejected, reference's chosen, rejected; and the output."""
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        beside = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output = model(**{k: v for k, v in inputs.items() if k not in beside}, labels=labels, use_cache=False,
+                           fused_lm_head=True)  # fmt: skip
+            policy = self.compute_ref_log_probs(lambda **_: output, inputs)  # it sums the answer's tokens, for any model
+            kept = (inputs.get("ref_chosen_logps"), inputs.get("ref_rejected_logps"))
+            reference = kept if kept[0] is not None else self.compute_ref_log_probs(self.ref_model or model, inputs)
+        return *policy, *reference, output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """(B, 5) in place of logits: each pair's loss, rewards of chosen and rejected, log-probs of chosen and rejected.
+
+        Trainer gathers them, drops the pairs that only fill up the last batch, and hands all to `pair_metrics`; TRL would
+        log means of batch means. A pair's loss is TRL's own, computed from the model's output for that pair.
+        """
+        inputs = self._prepare_inputs(inputs)
+        chosen, rejected, ref_chosen, ref_rejected, output = self.pair_logps(model, inputs)
+        losses, precomputed, self.precompute_ref_logps = [], self.precompute_ref_logps, True
+        for i in range(len(chosen)):
+            rows = [i, i + len(chosen)]
+            one = type(output)(**{k: v[rows] for k, v in output.items() if v is not None and v.ndim == 2})
+            pair = {k: inputs[k][rows] for k in ("input_ids", "attention_mask", "completion_mask")}
+            pair |= {"ref_chosen_logps": ref_chosen[i : i + 1], "ref_rejected_logps": ref_rejected[i : i + 1]}
+            losses.append(self._compute_loss(lambda one=one, **_: one, pair, return_outputs=False).detach().float())
+        self.precompute_ref_logps = precomputed
+        self._metrics["eval"].clear()
+        rewards = self.beta * (chosen - ref_chosen), self.beta * (rejected - ref_rejected)
+        scores = torch.stack([torch.stack(losses), *rewards, chosen, rejected], dim=1)
+        return None, scores, scores[:, :1]
+
+    def _save_checkpoint(self, model, trial):
+        """A checkpoint is whole once its manifest, written last, lists every file; only then do older ones go."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        try:
+            loss = self.accelerator.gather(self._tr_loss).mean().item()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if is_main():
+                meters = {"_tr_loss": loss, "_globalstep_last_logged": self._globalstep_last_logged, "_total_loss_scalar":
+                          self._total_loss_scalar, "_total_train_tokens": self._total_train_tokens}  # fmt: skip
+                files = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+                write_file(folder / MANIFEST, json.dumps({"data": self.data_hash, "files": files, "meters": meters,
+                                                          "metrics": self._metrics["train"]}, indent=1))  # fmt: skip
+                rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{folder} could not be written ({error}); older checkpoints are untouched: make room on the "
+                            "disk and run the same command again", status=1) from error  # fmt: skip
+        finally:
+            self.args.save_total_limit = limit
+
+    def restore_meters(self, folder: Path) -> None:
+        """So that the first log line after a resume averages over the steps before it too."""
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        self._tr_loss += manifest["meters"].pop("_tr_loss")
+        vars(self).update(manifest["meters"])
+        self._metrics["train"] = defaultdict(list, manifest["metrics"])
+
+
+def pair_metrics(scores) -> dict[str, float]:
+    """Means over the held-out pairs, each counted once; accuracies with their 95% interval (Wilson, 1927)."""
+    loss, chosen, rejected, logps_chosen, logps_rejected = np.asarray(scores.predictions, dtype=np.float64).T
+    n, p, z = len(loss), float((chosen > rejected).mean()), 1.96
+    centre, half = (p + z * z / (2 * n)), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    means = {"loss": loss, "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
+             "logps/chosen": logps_chosen, "logps/rejected": logps_rejected}  # fmt: skip
+    bounds = {"low": (centre - half) / (1 + z * z / n), "high": (centre + half) / (1 + z * z / n)}
+    return {"rewards/accuracies": p, **{f"rewards/accuracies_{end}": v for end, v in bounds.items()},
+            **{name: float(values.mean()) for name, values in means.items()}}  # fmt: skip
+
+
+def cache_reference(trainer: PreferenceTrainer, s: argparse.Namespace, start: argparse.Namespace) -> None:
+    """The reference's log-probs from a database that all runs share, computed where missing, as columns of the data sets.
+
+    Its name is a hash of what they depend on beside the tokens, which `pair_hash` covers: the weights (hub commit, or
+    names, sizes and times of local files), dtype, quantisation and ld_alpha.
+    """
+    def identity(name):
+        files = sorted(Path(name).glob("*")) if name and Path(name).is_dir() else []
+        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.suffix in (".safetensors", ".json")]
+        return [name, stats or getattr(AutoConfig.from_pretrained(name), "_commit_hash", None) if name else None]
+
+    names = (s.ref_model_name_or_path, None) if s.ref_model_name_or_path else (start.base, start.adapter)
+    settings = [s.model_revision, s.dtype, s.bf16, s.fp16, s.load_in_4bit, s.load_in_8bit, s.bnb_4bit_quant_type, s.ld_alpha]
+    key = hashlib.blake2b(json.dumps([*map(identity, names), settings]).encode(), digest_size=8).hexdigest()
+    path = Path(HF_HOME, "dpotrainer", f"reference-{key}.sqlite")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pairs = concatenate_datasets([d for d in (trainer.train_dataset, trainer.eval_dataset) if d is not None])
+    with closing(sqlite3.connect(path, timeout=600)) as database:
+        database.execute("CREATE TABLE IF NOT EXISTS logps (pair INTEGER PRIMARY KEY, chosen REAL, rejected REAL)")
+        known = {row[0] for row in database.execute("SELECT pair FROM logps")}
+        trainer.accelerator.wait_for_everyone()  # all look before any adds, so that all divide the same work
+        todo = [i for i, pair in enumerate(pairs["pair_hash"]) if pair not in known]
+        say(f"reference log-probs: {len(pairs) - len(todo)} of {len(pairs)} pairs are in {path}")
+        mine = todo[trainer.accelerator.process_index :: trainer.accelerator.num_processes]
+        for at in tqdm(range(0, len(mine), s.per_device_eval_batch_size), desc="reference", disable=not is_main() or not todo):
+            rows = [pairs[i] for i in mine[at : at + s.per_device_eval_batch_size]]
+            batch = trainer._prepare_inputs(trainer.data_collator(rows))
+            logps = trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch)
+            values = zip([row["pair_hash"] for row in rows], *(part.tolist() for part in logps), strict=True)
+            with database:  # commits: a kill costs one batch
+                database.executemany("INSERT OR REPLACE INTO logps VALUES (?, ?, ?)", values)
+        trainer.accelerator.wait_for_everyone()
+        logps = {pair: (chosen, rejected) for pair, chosen, rejected in database.execute("SELECT * FROM logps")}
+    for name in ("train_dataset", "eval_dataset"):
+        if (data := getattr(trainer, name)) is not None:
+            for i, column in enumerate(("ref_chosen_logps", "ref_rejected_logps")):
+                data = data.add_column(column, [logps[pair][i] for pair in data["pair_hash"]])
+            setattr(trainer, name, data)
+    trainer.precompute_ref_logps = True
+
+
+# ---------------------------------------------------------------------------------------------------- shared prefixes
+# A pair is two rows with the same beginning. Here every distinct token of a batch runs once, without padding, in one
+# packed row: all of chosen, then what is left of rejected (its tail), pair after pair. B pairs make 2B sequences of
+# queries. Chosen attends to itself; a tail attends to the prefix it shares with chosen, and to itself.
+
+
+def plan_shared_prefixes(input_ids, attention_mask):
+    """Lay out a batch of pairs as one packed row of its T distinct tokens: integer work, on the CPU.
+
+    Takes ids and mask (2B, L), padded on the right: row i is chosen, row i + B its rejected. Returns the packed ids
+    and positions (1, T); the places in the packed row of the sequences' K keys (K,) and of the padded batch (2B, L);
+    the sequences' bounds (2B + 1,), and their lengths as plain integers, so that no reader waits for the GPU.
+    """
+    pairs, length = input_ids.shape[0] // 2, input_ids.shape[1]
+    order = torch.arange(2 * pairs).view(2, pairs).T.flatten()  # chosen 0, rejected 0, chosen 1, rejected 1, ...
+    ids, real = input_ids[order], attention_mask[order].bool()
+    last = real.sum(1).view(pairs, 2).amin(1, keepdim=True) - 1  # never shared, so that every rejected has a tail
+    same = (ids[0::2] == ids[1::2]) & (torch.arange(length) < last)
+    shared = same.cumprod(1).bool()  # (B, L): the longest run of equal tokens from the left
+    packed = real.clone()
+    packed[1::2] &= ~shared
+    total = int(packed.sum())
+    # Padding is never scored; spread over the row, its zero gradients do not all queue up at the same place.
+    place = torch.arange(2 * pairs * length).remainder(total).view(2 * pairs, length)
+    place[packed] = torch.arange(total)
+    place[1::2][shared] = place[0::2][shared]
+    lengths = {"query": packed.sum(1), "key": real.sum(1)}
+    return {
+        "input_ids": ids[packed][None],
+        "position_ids": packed.nonzero()[:, 1][None],
+        "key_index": place[real],
+        "row_index": place[order.argsort()],
+        **{f"{name}_bounds": F.pad(sizes.cumsum(0), (1, 0)).int() for name, sizes in lengths.items()},
+        **{f"{name}_lengths": sizes.tolist() for name, sizes in lengths.items()},
+    }
+
+
+@dataclass
+class PreferenceCollator(DataCollatorForPreference):
+    """TRL's collator for pairs; with `share_prefixes` the batch carries the plan of the packed row as well."""
+
+    share_prefixes: bool = True
+
+    def torch_call(self, examples):
+        batch = super().torch_call(examples)
+        if self.share_prefixes:
+            batch["plan"] = plan_shared_prefixes(batch["input_ids"], batch["attention_mask"])
+        return batch
+
+
+def shared_prefix_attention(module, query, key, value, attention_mask, shared_prefixes=None, **kwargs):
+    """Attention of a packed row: query (1, Hq, T, D), key and value (1, Hkv, T, D) to (1, T, Hq, D).
+
+    Causal, aligned at the bottom right: a sequence's last query sees all its keys, the one before all but the last.
+    Calls without a plan, such as those of generation, go to SDPA as they came.
+    """
+    if shared_prefixes is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    plan, scale, kind = shared_prefixes, kwargs.get("scaling"), query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype  # as SDPA would cast
+    query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # (T, heads, D)
+    key, value = (x.index_select(0, plan["key_index"]) for x in (key, value))  # (K, Hkv, D)
+    attend = attend_at_once if kernel_takes(query, value) else attend_one_by_one
+    return attend(query, key, value, plan, scale)[None], None
+
+
+def kernel_takes(query, value):
+    """Whether torch's variable-length kernel runs here: a recent NVIDIA card, half precision, heads of one size."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and query.shape[-1] == value.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
+    )
+
+
+def attend_at_once(query, key, value, plan, scale):
+    """All sequences in one launch of the variable-length kernel: (T, Hq, D), (K, Hkv, D) twice to (T, Hq, D)."""
+    longest = max(plan["query_lengths"]), max(plan["key_lengths"])
+    bounds = plan["query_bounds"], plan["key_bounds"]
+    options = {} if scale in (None, query.shape[-1] ** -0.5) else {"scale": scale}  # torch 2.10 knows but the default
+    return varlen_kernel()(query, key, value, *bounds, *longest, **options)
+
+
+@functools.cache
+def varlen_kernel():
+    """`varlen_attn`, causal and with grouped heads, which torch 2.10 to 2.13 call by different names."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    names = inspect.signature(varlen_attn).parameters
+    options = {"window_size": (-1, 0), "is_causal": True, "enable_gqa": True}
+    return functools.partial(varlen_attn, **{name: value for name, value in options.items() if name in names})
+
+
+def attend_one_by_one(query, key, value, plan, scale):
+    """The same by SDPA, sequence after sequence: on the CPU, in float32, on older cards."""
+    outputs = []
+    sizes = plan["query_lengths"], plan["key_lengths"], plan["key_lengths"]
+    for parts in zip(*map(torch.split, (query, key, value), sizes), strict=True):
+        q, k, v = (x.transpose(0, 1)[None] for x in parts)  # (1, heads, tokens, D)
+        tail, all_keys = q.shape[2], k.shape[2]
+        mask = None  # chosen: the plain causal case, which has the faster kernel
+        if tail < all_keys:
+            mask = torch.ones(tail, all_keys, dtype=torch.bool, device=q.device).tril(all_keys - tail)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def why_not_shared(model, settings=None):
+    """The one-line reason why `model` has to run its rows padded and apart, or None where it can share prefixes."""
+    config, parameters = model.config.get_text_config(), dict(model.named_parameters())
+    layers = set(getattr(config, "layer_types", None) or ())
+    sliding = not layers and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    router = getattr(settings, "router_aux_loss_coef", None)
+    router = getattr(config, "router_aux_loss_coef", 0.0) if router is None else router
+    adapter = getattr(model, "active_peft_config", None)
+    reasons = {
+        "attn_implementation is set": getattr(settings, "attn_implementation", None) is not None,
+        "a vision-language model places images in its rows": config is not model.config,
+        "the model takes no attention function from outside": not getattr(model, "_supports_attention_backend", False),
+        "not all layers are full attention": bool(layers - {"full_attention"}) or getattr(model, "_is_stateful", False),
+        "attention ends at a sliding window": bool(sliding),
+        "the router loss counts every token of both rows": hasattr(config, "output_router_logits") and router != 0,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def open_packed_row(backbone, args, kwargs):
+    """Before the backbone: a batch with a plan runs as its packed row."""
+    plan = kwargs.pop("plan", None)
+    if plan is not None:
+        # Transformers hands a 4-D mask on as it is and builds none; the attention does not look at it.
+        mask = plan["input_ids"][None, None]
+        kwargs |= {"input_ids": plan["input_ids"], "position_ids": plan["position_ids"], "attention_mask": mask}
+        kwargs["shared_prefixes"] = plan
+    return args, kwargs
+
+
+def close_packed_row(backbone, args, kwargs, output):
+    """After the backbone: hidden states (1, T, H) back in the padded form (2B, L, H) that the trainer expects."""
+    plan = kwargs.get("shared_prefixes")
+    if plan is not None:
+        rows = plan["row_index"]
+        hidden = output.last_hidden_state[0].index_select(0, rows.flatten())
+        output.last_hidden_state = hidden.view(*rows.shape, -1)
+    return output
+
+
+def share_prefixes(model):
+    """Let a causal language model, not yet wrapped by PEFT, run batches that carry a plan as one packed row."""
+    AttentionInterface.register("shared_prefixes", shared_prefix_attention)
+    AttentionMaskInterface.register("shared_prefixes", sdpa_mask)
+    model.set_attn_implementation("shared_prefixes")
+    model.base_model.register_forward_pre_hook(open_packed_row, with_kwargs=True)
+    model.base_model.register_forward_hook(close_packed_row, with_kwargs=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ the plan
+def make_plan(s, args, start, train, held_out) -> tuple[list[str], list[str]]:
+    """(short, long) lines of what will happen, every derived number included; from config and data, never the weights."""
+    with torch.device("meta"):  # shapes without memory
+        model = AutoModelForCausalLM.from_config(start.config, dtype=getattr(torch, s.dtype, torch.bfloat16))
+        reason = why_not_shared(model, s)
+        continues = start.adapter and not s.fresh_adapter
+        model = get_peft_model(model, PeftConfig.from_pretrained(start.adapter) if continues else get_peft_config(s))
+    trained = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name or "modules_to_save" in name)
+    total, frozen = sum(p.numel() for p in model.parameters()), 0.0
+    for name, weight in model.named_parameters():
+        packed = (s.load_in_4bit or s.load_in_8bit) and weight.ndim == 2 and not re.search("embed|lm_head|lora_", name)
+        frozen += weight.numel() * ((0.516 if s.load_in_4bit else 1) if packed else weight.element_size()) * ("lora_" not in name)
+    size, config = s.per_device_train_batch_size, start.config.get_text_config()
+    lengths, needed = token_lengths(train), np.asarray(train["needed_tokens"])
+    longest = np.minimum(lengths["prompt"] + np.maximum(lengths["chosen"], lengths["rejected"]), s.max_length or 1 << 30)
+    shuffled = np.random.default_rng(s.seed).permutation(longest)
+    padded = sum(2 * len(rows) * int(rows.max()) for rows in (shuffled[i : i + size] for i in range(0, len(train), size)))
+    tokens = int(np.sort(needed)[-size:].sum()) if reason is None else 2 * size * int(longest.max())
+    width, hidden, inner = 4 if s.dtype == "float32" else 2, config.hidden_size, getattr(config, "intermediate_size", 0)
+    layer = tokens * width * (14 * hidden + 5 * inner)  # what one decoder layer keeps for its backward pass
+    kept = config.num_hidden_layers * (tokens * width * hidden if s.gradient_checkpointing else layer) + 2 * layer
+    memory = {"weights": frozen * (2 if start.reference == "copy" else 1), "adapter": 4.0 * trained * (2 if start.reference == "adapter" else 1),
+              "gradients": 4.0 * trained, "optimizer": trained * (2.0 if "8bit" in str(s.optim) else 8.0)}  # fmt: skip
+    gib = {name: value / 2**30 for name, value in memory.items()}
+    disk = (s.save_total_limit or 1) * (gib["adapter"] + gib["optimizer"]) + gib["adapter"] + s.merge * frozen / 2**30
+    weights = s.loss_weights or [1] * len(s.loss_type)
+    objective = " + ".join(f"{w:g} x {OBJECTIVES[t]}" for t, w in zip(s.loss_type, weights)).removeprefix("1 x ")
+    objective += "; equals sigmoid, for label_smoothing is 0" if s.loss_type == ["robust"] and not s.label_smoothing else ""
+    device = torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type
+    short = {
+        "policy": f"{s.model_name_or_path}, {total:,} weights in {'4-bit' if s.load_in_4bit else s.dtype}, {trained:,} trainable "
+                  f"({100 * trained / total:.2f}%)",
+        "reference": start.text,
+        "objective": f"{objective}, beta {s.beta:g}",
+        "pairs": f"{len(train):,} to train, {len(held_out) if held_out is not None else 0:,} held out, max_length {s.max_length}",
+        "batch": f"{s.global_batch_size} pairs = {size} per device x {s.gradient_accumulation_steps} accumulation x "
+                 f"{args.world_size} process{'es' * (args.world_size > 1)} on {device}",
+        "steps": f"{s.planned_steps:,}, learning rate {s.learning_rate:g}, {s.lr_scheduler_type}",
+        "prefixes": "shared, and no padding" if reason is None else f"not shared: {reason}",
+        "output": s.output_dir,
+    }  # fmt: skip
+    long = {"tokens": "5%, median, 95%, longest: " + ", ".join(
+                f"{name} {np.quantile(v, [0.05, 0.5, 0.95, 1]).astype(int).tolist()}" for name, v in lengths.items()),
+            "per epoch": f"{needed.sum():,} tokens with shared prefixes, {padded:,} in padded rows, {padded / needed.sum():.2f} times as many",
+            "memory": ", ".join(f"{k} {v:.2f}" for k, v in gib.items()) + f" = {sum(gib.values()):.2f} GiB, exact on one unsharded device; "
+                      f"activations add about {kept / 2**30:.2f} GiB (an estimate, for the longest batch)",
+            "disk": f"{disk:.2f} GiB in {s.output_dir}"}  # fmt: skip
+    return [f"{k:>10}  {v}" for k, v in short.items()], [f"{k:>10}  {v}" for k, v in long.items()]
+
+
+# ------------------------------------------------------------------------------------------------------------- insight
+LN2 = math.log(2)  # the sigmoid loss where policy and reference are equal
+RECENT = 5  # log lines that make "now": fewer are noise, more hide a turn
+ADVICE = {  # kind: (when, what to say), in the numbers of `read_history`; beside each threshold, its reason
+    "flat": (  # 0.01 of margin at beta 0.1 is a tenth of a nat; healthy runs are past it after a quarter of the steps
+        lambda n: n["step"] >= 20 and n["done"] >= 0.25 and abs(n["loss"] - LN2) < 0.005 and abs(n["margin"]) < 0.01,
+        "Nothing moves: after {step} of {planned} steps the loss is {loss:.4f} (ln 2 is 0.6931) and the margin {margin:.4f}: "
+        "learning_rate {lr:g} is too small for LoRA, or the adapter is frozen; 5e-6 is usual, try ten times yours."),
+    "labels": (  # published runs are above 0.65 after a third of the steps; 0.55 is little better than chance
+        lambda n: n["step"] >= 20 and n["done"] >= 0.33 and n["accuracy"] < 0.55 and abs(n["margin"]) >= 0.01,
+        "rewards/accuracies is {accuracy:.2f} after {step} of {planned} steps although the policy moves: look at the pairs "
+        "(`--dry_run true`): chosen and rejected may be swapped, mixed, alike, or cut off."),
+    "displacement": (  # healthy runs end with the chosen answers at most 20 nats (2 at beta 0.1) less likely
+        lambda n: n["margin"] > 0.5 and n["chosen"] / n["beta"] < -25,
+        "rewards/chosen fell to {chosen:.2f} while margins grew to {margin:.2f}: the chosen answers lose likelihood too; raise "
+        "beta (now {beta:g}), or add an SFT term: `loss_type: [sigmoid, sft]` with `loss_weights: [1.0, 0.2]`."),
+    "overfitting": (  # the best held-out accuracy lies above the 95% interval of the last
+        lambda n: n["train_accuracy"] > 0.95 and n["eval_best"] > n["eval_high"],
+        "Train accuracies are {train_accuracy:.2f}, but held-out ones fell from {eval_best:.3f} at step {eval_best_step} to "
+        "{eval_last:.3f}: overfitting; stop at that step with `max_steps: {eval_best_step}`, or train fewer epochs."),
+    "divergence": (  # an answer e^200 times likelier or less likely: beta's pull no longer matters
+        lambda n: n["nats"] > 200,
+        "The policy is {nats:.0f} nats per answer from the reference, too far for beta {beta:g}: raise beta, or lower "
+        "learning_rate ({lr:g})."),
+    "longer": (  # half as long again is more than sampling noise
+        lambda n: n["length_ratio"] > 1.5,
+        "Answers grew {length_ratio:.1f} times as long: the pairs may prefer length; try `loss_type: sigmoid_norm`, which "
+        "divides by it, or a larger beta (now {beta:g})."),
+    "runaway": (  # thirty times ln 2, or answers e^1000 times less likely: nothing of the model is left
+        lambda n: n["sigmoid"] and n["loss"] > 20 or n["nats"] > 1000,
+        "Stopped at step {step}: loss {loss:.3g}, {nats:.0f} nats per answer from the reference: learning_rate {lr:g} destroys "
+        "the model, 5e-6 is usual for LoRA. Checkpoints from before are kept."),
+    "not finite": (  # raised by the trainer, at the step itself
+        lambda n: False,
+        "The {what} is not finite at step {step}: stopped at once, the last checkpoint is kept. Lower learning_rate ({lr:g}), "
+        "raise beta, or train in bf16 instead of fp16."),
+}  # fmt: skip
+
+
+def read_history(history: list[dict], s: argparse.Namespace, length_ratio: float = 0.0) -> dict[str, float]:
+    """The numbers that advice looks at; nan, on which none fires, where the log lines are too few."""
+    train, held_out = [row for row in history if "loss" in row], [row for row in history if "eval_loss" in row]
+
+    def now(key):
+        return float(np.mean([row[key] for row in train[-RECENT:]])) if len(train) >= RECENT else math.nan
+
+    n = {"loss": now("loss"), "margin": now("rewards/margins"), "train_accuracy": now("rewards/accuracies"),
+         "chosen": now("rewards/chosen"), "rejected": now("rewards/rejected"), "length_ratio": length_ratio}  # fmt: skip
+    last, best = (held_out[-1], max(held_out, key=lambda row: row["eval_rewards/accuracies"])) if held_out else ({}, {})
+    n |= {"eval_last": last.get("eval_rewards/accuracies", math.nan), "eval_best_step": best.get("step", 0),
+          "eval_high": last.get("eval_rewards/accuracies_high", math.nan), "sigmoid": s.loss_type == ["sigmoid"],
+          "eval_best": best.get("eval_rewards/accuracies", math.nan), "beta": s.beta, "lr": s.learning_rate}  # fmt: skip
+    n |= {"step": max((row["step"] for row in history), default=0), "planned": s.planned_steps}
+    n["accuracy"] = n["eval_last"] if held_out else n["train_accuracy"]
+    return n | {"done": n["step"] / s.planned_steps, "nats": max(abs(n["chosen"]), abs(n["rejected"])) / s.beta}
+
+
+def advise(history: list[dict], s: argparse.Namespace, length_ratio: float = 0.0) -> dict[str, str]:
+    numbers = read_history(history, s, length_ratio)
+    return {kind: text.format(**numbers) for kind, (when, text) in ADVICE.items() if when(numbers)}
+
+
+COLUMNS = {"step": "7d", "loss": "8.4f", "rewards/margins": "8.4f", "rewards/accuracies": "11.3f", "rewards/chosen": "8.4f",
+           "rewards/rejected": "9.4f", "learning_rate": "14.2e", "pairs/s": "8.2f"}  # fmt: skip
+TIMINGS = re.compile("runtime|per_second|flos|preparation_time")  # of one machine: not in metrics.jsonl
+
+
+class Report(TrainerCallback):
+    """What a run shows: the bar, a row per log line, metrics.jsonl, rewards.png, advice."""
+
+    def __init__(self, trainer: PreferenceTrainer, s: argparse.Namespace):
+        self.trainer, self.s, self.advice, self.folder = trainer, s, {}, Path(s.output_dir)
+        self.rows, self.seconds, self.steps, self.drawn = 0, 0.0, 0, 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.first_step, self.begun = state.global_step, time.time()
+        if state.global_step:
+            self.trainer.restore_meters(self.folder / f"checkpoint-{state.global_step}")
+        for i in range(len(state.log_history)):  # what was said before the interruption is not said again
+            self.advice = advise(state.log_history[: i + 1], self.s) | self.advice
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True,
+                        disable=True if args.disable_tqdm or not is_main() else None)  # None: only on a terminal
+        if is_main():  # lines after the checkpoint come again; a line torn by a crash is not whole JSON
+            path = self.folder / "metrics.jsonl"
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.global_step]
+            write_file(path, "".join(f"{line}\n" for line in kept))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds, self.steps = self.seconds + time.perf_counter() - self.started, self.steps + 1
+        self.bar.update()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not {"loss", "eval_loss"} & set(logs):
+            return
+        row = {"step": state.global_step} | {k: v for k, v in logs.items() if not TIMINGS.search(k)}
+        if is_main():
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            self.show_row(row)
+            if "eval_loss" in row or time.time() - self.drawn > 10:  # a picture takes half a second
+                draw_rewards(state.log_history, self.s, self.folder / "rewards.png")
+                self.drawn = time.time()
+        self.give(advise(state.log_history, self.s))
+
+    def show_row(self, row: dict) -> None:
+        if self.rows % 20 == 0:
+            self.bar.write(" ".join(f"{k.split('rewards/')[-1]:>{form.split('.')[0].rstrip('d')}}" for k, form in COLUMNS.items()))
+        shown = {k.removeprefix("eval_"): v for k, v in row.items()}
+        if "loss" in row:
+            shown["pairs/s"] = self.steps * self.s.global_batch_size / max(self.seconds, 1e-9)
+            self.seconds, self.steps = 0.0, 0
+        text = " ".join(f"{shown[k]:{form}}" if k in shown else " " * int(re.match(r"\d+", form)[0]) for k, form in COLUMNS.items())
+        interval = [row.get(f"eval_rewards/accuracies_{end}") for end in ("low", "high")]
+        self.bar.write(text + ("  held-out, accuracies {:.3f} to {:.3f}".format(*interval) if "eval_loss" in row else ""))
+        self.rows += 1
+
+    def give(self, advice: dict[str, str]) -> None:
+        for kind, text in advice.items():
+            if kind == "runaway":
+                raise UserError(text, status=1)
+            if kind not in self.advice and is_main():
+                self.bar.write(f"! {text}")
+            self.advice.setdefault(kind, text)
+
+
+def draw_rewards(history: list[dict], s: argparse.Namespace, path: Path) -> None:
+    """rewards.png: rewards with the margin between them, accuracies, loss; styles tell the lines apart, not colours alone."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    rewards, accuracies, losses = figure.subplots(1, 3)
+    train, held_out = [row for row in history if "loss" in row], [row for row in history if "eval_loss" in row]
+    steps, eval_steps = [row["step"] for row in train], [row["step"] for row in held_out]
+
+    def column(rows, key):
+        return np.array([row[key] for row in rows], dtype=float)
+
+    for name, colour, style, marker in (("chosen", "C0", "-", "o"), ("rejected", "C3", "--", "s")):
+        rewards.plot(steps, column(train, f"rewards/{name}"), style, color=colour, lw=2, label=name)
+        rewards.plot(eval_steps, column(held_out, f"eval_rewards/{name}"), marker, color=colour, mec="k", label=f"{name}, held-out")
+    rewards.fill_between(steps, column(train, "rewards/chosen"), column(train, "rewards/rejected"), color="0.88", label="margin")
+    smooth = column(train, "rewards/accuracies")
+    for i in range(2, len(smooth)):  # not from the first line: at step 1 all are ties, which count as wrong
+        smooth[i] = 0.7 * smooth[i - 1] + 0.3 * smooth[i]
+    accuracies.plot(steps, smooth, color="C0", lw=2, label="train, smoothed")
+    middle, low, high = (column(held_out, f"eval_rewards/accuracies{end}") for end in ("", "_low", "_high"))
+    accuracies.errorbar(eval_steps, middle, np.abs([middle - low, high - middle]), fmt="ko", capsize=3, label="held-out, 95% interval")
+    accuracies.axhline(0.5, color="0.5", ls=":", label="chance")
+    accuracies.set_ylim(0, 1.03)
+    losses.plot(steps, column(train, "loss"), color="C0", lw=2, label="train")
+    losses.plot(eval_steps, column(held_out, "eval_loss"), "ko", label="held-out")
+    if s.loss_type == ["sigmoid"]:
+        losses.axhline(LN2, color="0.5", ls=":", label="ln 2: policy = reference")
+    for axes, title in ((rewards, "rewards/chosen, rewards/rejected"), (accuracies, "rewards/accuracies"), (losses, "loss")):
+        axes.set(title=title, xlabel="optimizer step")
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"DPO: {Path(s.model_name_or_path).name} on {Path(s.dataset_name).name}, beta {s.beta:g}, learning rate {s.learning_rate:g}")
+    figure.savefig(f"{path}.tmp", format="png", dpi=110)
+    os.replace(f"{path}.tmp", path)
+
+
+SAMPLE_TOKENS = 256  # of an answer at most: enough to judge, and soon done
+MODES = {"greedy": {"do_sample": False}, "sampled": {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}}
+
+
+def answer_prompts(trainer, model, prompts: list[list[int]], mode: str, seed: int) -> list[list[int]]:
+    """One answer (token ids, up to and with its end) to each prompt, in one batch with the KV cache."""
+    tokenizer, width = trainer.processing_class, max(map(len, prompts))
+    rows = [[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    ids, mask = (torch.tensor(x, device=trainer.accelerator.device) for x in (rows, mask))
+    set_seed(seed)
+    with torch.no_grad(), trainer.accelerator.autocast():
+        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=SAMPLE_TOKENS, use_cache=True,
+                             pad_token_id=tokenizer.pad_token_id, **MODES[mode])[:, width:].tolist()  # fmt: skip
+    ends = {tokenizer.eos_token_id, *np.atleast_1d(model.generation_config.eos_token_id).tolist()}
+    return [answer[: next((i + 1 for i, token in enumerate(answer) if token in ends), None)] for answer in out]
+
+
+def sample_answers(trainer: PreferenceTrainer, s: argparse.Namespace) -> list[dict]:
+    """Held-out prompts answered by reference and policy, greedy and sampled, each with its length and reward."""
+    policy, decode, samples = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class.decode, []
+    prompts = [row["prompt_ids"] for row in trainer.eval_dataset.select(range(min(s.sample_prompts, len(trainer.eval_dataset))))]
+    for mode in MODES:
+        mine = answer_prompts(trainer, policy, prompts, mode, s.seed)
+        with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):  # of no effect on a second model
+            other = answer_prompts(trainer, trainer.ref_model or policy, prompts, mode, s.seed)
+        for prompt, chosen, rejected in zip(prompts, mine, other, strict=True):
+            batch = trainer.data_collator([{"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}])
+            logps = [value.item() for value in trainer.pair_logps(policy, trainer._prepare_inputs(batch))[:4]]
+            samples.append({"mode": mode, "prompt": decode(prompt), "policy": decode(chosen), "reference": decode(rejected),
+                            "policy_tokens": len(chosen), "reference_tokens": len(rejected),
+                            "policy_reward": s.beta * (logps[0] - logps[2]), "reference_reward": s.beta * (logps[1] - logps[3])})  # fmt: skip
+    return samples
+
+
+def show_samples(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) -> None:
+    """samples.md, the first answers on the console, and advice if they grew longer."""
+    if is_sharded() or trainer.eval_dataset is None or not s.sample_prompts:
+        return say("no samples: the model is sharded over processes") if is_sharded() else None
+    if is_main():
+        samples, text = sample_answers(trainer, s), ["# Held-out prompts, answered by reference and policy\n\nGreedy, then sampled at "
+                        f"temperature 1 with seed {s.seed}; reward = beta * (log pi - log pi_ref).\n"]  # fmt: skip
+        for sample in samples:
+            text.append(f"## {sample['mode']}\n\n```text\n{sample['prompt']}\n```\n")
+            text += [f"**{who}**, {sample[f'{who}_tokens']} tokens, reward {sample[f'{who}_reward']:.4f}\n\n```text\n{sample[who]}\n```\n"
+                     for who in ("reference", "policy")]  # fmt: skip
+        write_file(Path(s.output_dir, "samples.md"), "\n".join(text))
+        for sample in samples[:3]:
+            say("", sample["prompt"][-300:].strip(), *(f"  {who}: {sample[who][:200]!r} (reward {sample[f'{who}_reward']:.2f})"
+                                                       for who in ("reference", "policy")))  # fmt: skip
+        longer = sum(sample["policy_tokens"] for sample in samples) / sum(sample["reference_tokens"] for sample in samples)
+        report.give(advise(trainer.state.log_history, s, longer))
+    trainer.accelerator.wait_for_everyone()
+
+
+def summarize(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) -> str:
+    """Held-out figures first and last, steps, time, speed, memory, advice, files, and the next command."""
+    held_out = [row for row in trainer.state.log_history if "eval_loss" in row]
+    steps, seconds = trainer.state.global_step - report.first_step, time.time() - report.begun
+    lines = [f"{trainer.state.global_step} steps of {s.global_batch_size} pairs, {steps} of them in this run of {seconds / 60:.1f} minutes: "
+             f"{steps * s.global_batch_size / seconds:.2f} pairs/s, evaluation and saving included"]  # fmt: skip
+    for name, row in zip(("first", "last"), held_out[:1] + held_out[-1:]):
+        figures = ", ".join(f"{k} {row[f'eval_{k}']:.4f}" for k in [k for k in COLUMNS if f"eval_{k}" in row])
+        lines.append(f"held-out, {name} (step {row['step']}): {figures}")
+    lines += [f"peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"] if torch.cuda.is_available() else []
+    lines += [f"! {text}" for text in report.advice.values()]
+    files = [name for name in ("metrics.jsonl", "rewards.png", "samples.md", "merged") if Path(s.output_dir, name).exists()]
+    lines.append(f"in {s.output_dir}: the adapter, {', '.join(files)}")
+    code = f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({s.output_dir!r}).merge_and_unload().save_pretrained('merged')"
+    lines.append(f'next: merge it into its base, `python -c "{code}"`')
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+MANIFEST = "manifest.json"  # in each whole checkpoint: its files with their sizes, the data's hash, running averages
+FREE = {  # settings that may differ between a run and its continuation: the result stays the same, up to rounding
+    "output_dir", "overwrite", "dry_run", "per_device_train_batch_size", "per_device_eval_batch_size", "save_total_limit",
+    "gradient_accumulation_steps", "report_to", "run_name", "disable_tqdm", "log_level", "dataloader_num_workers",
+    "dataset_num_proc", "sample_prompts", "merge", "ddp_timeout", "save_steps", "precompute_ref_log_probs", "share_prefixes",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "fsdp", "fsdp_config", "deepspeed", "local_rank", "use_cpu",
+}  # fmt: skip
+
+
+def write_file(path: Path, text: str) -> None:
+    """All or nothing: a crash leaves the old file or the new one."""
+    Path(f"{path}.tmp").write_text(text, encoding="utf-8")
+    os.replace(f"{path}.tmp", path)
+
+
+def set_aside(path: Path, name: str) -> str:
+    """Rename to the first free one of name, name-2, name-3, ...: nothing is deleted."""
+    names = (name if i == 1 else f"{name}-{i}" for i in itertools.count(1))
+    return path.rename(next(target for target in map(path.with_name, names) if not target.exists())).name
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """All files of the manifest are there in full length, and those that can be checked can be read."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        for weights in checkpoint.glob("*.safetensors"):
+            with safe_open(weights, "pt"):
+                pass
+        return all((checkpoint / name).stat().st_size == size for name, size in manifest["files"].items())
+    except (OSError, ValueError, SafetensorError):
+        return False
+
+
+def settings_yaml(s: argparse.Namespace) -> str:
+    skipped = ("given", "planned_steps", "hub_token", "overwrite", "dry_run", "gradient_accumulation_steps")
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft", "datasets", "accelerate"))
+    return f"# `python dpotrainer.py --config {s.output_dir}/settings.yaml` repeats this run; made with {versions}\n" + yaml.safe_dump(
+        {name: value for name, value in vars(s).items() if name not in skipped}, sort_keys=True, allow_unicode=True)  # fmt: skip
+
+
+def open_output(s: argparse.Namespace) -> FileLock | None:
+    """Lock output_dir, and leave alone what another run, or no run of this program, has left there."""
+    folder, settings = Path(s.output_dir), Path(s.output_dir, "settings.yaml")
+    if not is_main():
+        return None
+    if s.overwrite and folder.exists() and not is_locked(folder):
+        say(f"{folder} was moved to {set_aside(folder, f'{folder.name}-old')}")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"output_dir={folder}: another run is writing there; wait for it, or choose another output_dir") from None
+    ways = "choose another output_dir, or `--overwrite true`, which moves the old one aside"
+    if settings.exists():
+        before, now = yaml.safe_load(settings.read_text(encoding="utf-8")), yaml.safe_load(settings_yaml(s))
+        names = [name for name in sorted({*before, *now} - FREE) if before.get(name) != now.get(name)]
+        if names:
+            changes = "".join(f"\n  {name}: {before.get(name)} there, {now.get(name)} here" for name in names)
+            raise UserError(f"output_dir={folder}: holds a run with other settings; {ways}{changes}")
+    elif any(path.name != ".lock" for path in folder.iterdir()):
+        raise UserError(f"output_dir={folder}: holds files that are no run of this program; {ways}")
+    return lock
+
+
+class Interruption(TrainerCallback):
+    """SIGTERM and Ctrl-C: every process finishes the step, saves and stops; a second signal stops at once."""
+
+    def __init__(self, trainer: PreferenceTrainer):
+        self.trainer, self.signal, self.before = trainer, 0, {}
+
+    def receive(self, number, frame):
+        self.signal = number
+        self.on_train_end(None, None, None)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:  # the processes may have heard it at different steps
+            self.signal = int(self.trainer.accelerator.gather(torch.tensor(self.signal, device=args.device)).max())
+        if self.signal:
+            control.should_save = control.should_training_stop = True
+
+
+def resume_point(trainer: PreferenceTrainer, folder: Path) -> str | None:
+    """The newest whole checkpoint, if its pairs are these; others are set aside, so that nothing resumes from them."""
+    if is_main():
+        for path in map(Path, sort_checkpoints(str(folder))):
+            if not is_whole(path):
+                say(f"{path.name} is not whole: renamed to {set_aside(path, f'incomplete-{path.name}')}")
+    trainer.accelerator.wait_for_everyone()
+    checkpoints = sort_checkpoints(str(folder))
+    if not checkpoints:
+        return None
+    if json.loads(Path(checkpoints[-1], MANIFEST).read_text(encoding="utf-8"))["data"] != trainer.data_hash:
+        raise UserError(f"dataset_name: its pairs are not those that {checkpoints[-1]} was trained on; restore them, choose another "
+                        "output_dir, or `--overwrite true`")  # fmt: skip
+    say(f"continuing from {checkpoints[-1]}")
+    return checkpoints[-1]
+
+
+def merge_adapter(trainer: PreferenceTrainer, s: argparse.Namespace) -> None:
+    """The merged model in OUTPUT_DIR/merged, and how far its logits are from those of adapter plus base."""
+    policy, data = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.eval_dataset or trainer.train_dataset
+    rows = [torch.tensor([row["prompt_ids"]], device=policy.device) for row in data.select(range(min(8, len(data))))]
+    with torch.no_grad(), trainer.accelerator.autocast():
+        before = torch.stack([policy(row).logits[0, -1].float() for row in rows])
+        merged = policy.merge_and_unload()
+        after = torch.stack([merged(row).logits[0, -1].float() for row in rows])
+    staged = Path(s.output_dir, "merged.incomplete")
+    for part in (merged, trainer.processing_class):
+        part.save_pretrained(staged)
+    staged.rename(staged.with_name("merged"))
+    same = (before.argmax(-1) == after.argmax(-1)).sum()
+    say(f"merged: next-token logits of {len(rows)} prompts differ by {(before - after).abs().max():.2g} at most from adapter plus "
+        f"base, and the likeliest token is the same for {same}")  # fmt: skip
+
+
+def finish(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) -> None:
+    """Save the model whole or not at all: the adapter's config, which marks a finished run, comes last."""
+    staged = Path(s.output_dir, "final.incomplete")
+    trainer.save_model(str(staged))
+    if s.merge and is_sharded():
+        say("not merged: the model is sharded over processes; the last line has the command")
+    elif s.merge and is_main():
+        merge_adapter(trainer, s)
+    if is_main():
+        summary = summarize(trainer, s, report)
+        trainer.create_model_card(model_name=Path(s.output_dir).name, dataset_name=s.dataset_name)
+        with open(Path(s.output_dir, "README.md"), "a", encoding="utf-8") as card:
+            card.write(f"\n## This run\n\n![rewards, accuracies, loss](rewards.png)\n\n```text\n{summary}\n```\n")
+        beside = ("ref", "training_args.bin", "README.md")  # the starting adapter's copy, a pickle, PEFT's empty card
+        for path in sorted(staged.iterdir(), key=lambda path: path.name == "adapter_config.json"):
+            if path.name not in beside:
+                os.replace(path, Path(s.output_dir, path.name))
+        shutil.rmtree(staged)
+        say("", summary)
+    trainer.accelerator.wait_for_everyone()
+
+
+def run(argv: list[str]) -> int:
+    warnings.simplefilter("ignore", FutureWarning)  # of the pinned libraries among themselves
+    s, problems = parse_settings(argv)
+    problems, machine = problems + check_settings(s), check_machine(s)
+    if problems or machine and not s.dry_run:
+        raise UserError("\n".join(problems + machine))
+    lock = None if s.dry_run else open_output(s)
+    if not s.dry_run and Path(s.output_dir, "adapter_config.json").exists():
+        say(f"{s.output_dir} holds this run, finished: nothing to do (`--overwrite true` starts afresh)")
+        return 0
+    try:  # builds the process group, so it comes after every check
+        args = DPOConfig(**{f.name: getattr(s, f.name) for f in fields(DPOConfig) if f.init and f.name != "precompute_ref_log_probs"})
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"settings: {error}") from error
+    start = load_start(s)
+    train, held_out, counts = load_preferences(s, start.tokenizer)
+    args.eval_strategy = args.eval_strategy if held_out is not None else IntervalStrategy.NO
+    per_epoch = math.ceil(math.ceil(len(train) / s.per_device_train_batch_size / args.world_size) / s.gradient_accumulation_steps)
+    s.planned_steps = s.max_steps if s.max_steps > 0 else math.ceil(s.num_train_epochs * per_epoch)
+    short, long = make_plan(s, args, start, train, held_out)
+    say(format_report(counts), *short)
+    if s.dry_run:
+        say(*long, describe_pair(start.tokenizer, train[0], s.max_length))
+        if machine:
+            raise UserError("\n".join(machine))
+        return 0
+    if is_main():
+        write_file(Path(s.output_dir, "settings.yaml"), settings_yaml(s))
+    train_policy(s, build_trainer(s, args, start, train, held_out), start)
+    return 0
+
+
+def train_policy(s: argparse.Namespace, trainer: PreferenceTrainer, start: argparse.Namespace) -> None:
+    trainer.data_hash = hashlib.blake2b(np.array(trainer.train_dataset["pair_hash"]).tobytes(), digest_size=8).hexdigest()
+    report, interruption = Report(trainer, s), Interruption(trainer)
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    for callback in (report, interruption):
+        trainer.add_callback(callback)
+    if s.precompute_ref_log_probs:
+        cache_reference(trainer, s, start)
+    trainer.train(resume_from_checkpoint=resume_point(trainer, Path(s.output_dir)))
+    if interruption.signal:
+        raise UserError(f"interrupted and saved at step {trainer.state.global_step}; the same command continues",
+                        status=128 + interruption.signal)  # fmt: skip
+    last = [row["step"] for row in trainer.state.log_history if "eval_loss" in row][-1:]
+    if trainer.eval_dataset is not None and last != [trainer.state.global_step]:
+        trainer.evaluate()
+    show_samples(trainer, s, report)
+    finish(trainer, s, report)
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        message, status = str(error), error.status
+    except torch.OutOfMemoryError:
+        message, status = ("out of GPU memory: halve per_device_train_batch_size (the result stays the same), turn gradient_checkpointing "
+                           "on, lower max_length, or use configs/qwen3_8b_qlora.yaml"), 1  # fmt: skip
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        message, status = f"{error}: make room on the disk, then run the same command again", 1
+    if is_main():
+        print(f"dpotrainer: {message}", file=sys.stderr, flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
