@@ -37,7 +37,7 @@ import sys
 import time
 import warnings
 from collections import Counter, defaultdict
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from importlib.metadata import version
@@ -46,6 +46,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 import yaml
@@ -148,48 +149,51 @@ class Settings:
     overwrite: bool = setting(False, "move an earlier run in output_dir aside and start afresh")
 
 
-OBJECTIVES = {  # loss_type: what it does, and where it is from
-    "sigmoid": "logistic loss of the margin, DPO (arXiv 2305.18290, eq. 7)", "hinge": "hinge loss of the margin, SLiC (arXiv 2305.10425)",
-    "ipo": "squared distance of the mean log-ratio gap from 1 / (2 beta), IPO (arXiv 2310.12036, eq. 17)",
-    "robust": "logistic loss made unbiased for flipped labels (arXiv 2403.00409)", "exo_pair": "reverse KL, EXO (arXiv 2402.00856, eq. 16)",
-    "nca_pair": "noise contrast of each reward, NCA (arXiv 2402.05369)", "bco_pair": "a classifier of each reward, BCO (arXiv 2404.04656)",
-    "sppo_hard": "squared distance to a hard win or loss, SPPO (arXiv 2405.00675)", "aot": "optimal transport of margins, AOT (arXiv 2406.05882)",
-    "aot_unpaired": "optimal transport of rewards, AOT (arXiv 2406.05882)", "apo_zero": "chosen up, rejected down (arXiv 2408.06266, eq. 7)",
-    "apo_down": "both down, rejected more (arXiv 2408.06266, eq. 8)", "discopop": "blend of logistic and exponential (arXiv 2406.08414, eq. 5)",
-    "sft": "cross-entropy of the chosen answer", "sigmoid_norm": "logistic loss of the length-normalised margin (arXiv 2405.14734)",
+OBJECTIVES = {  # loss_type: what it does to the margin or the rewards, and where it is from
+    "sigmoid": "logistic loss, DPO (arXiv 2305.18290, eq. 7)", "hinge": "hinge loss, SLiC (arXiv 2305.10425)",
+    "ipo": "squared distance of the mean gap from 1/(2 beta), IPO (arXiv 2310.12036, eq. 17)",
+    "robust": "logistic loss unbiased by flipped labels (arXiv 2403.00409)", "exo_pair": "reverse KL, EXO (arXiv 2402.00856)",
+    "nca_pair": "noise contrast, NCA (arXiv 2402.05369)", "bco_pair": "binary classifier, BCO (arXiv 2404.04656)",
+    "sppo_hard": "squared distance to win or loss, SPPO (arXiv 2405.00675)", "aot": "sorted margins, AOT (arXiv 2406.05882)",
+    "aot_unpaired": "sorted rewards, AOT (arXiv 2406.05882)", "apo_zero": "chosen up, rejected down, APO (arXiv 2408.06266)",
+    "apo_down": "both down, APO (arXiv 2408.06266)", "discopop": "logistic and exponential, DiscoPOP (arXiv 2406.08414)",
+    "sft": "cross-entropy of the chosen answer", "sigmoid_norm": "logistic loss per token (arXiv 2405.14734)",
 }
 RANGES = {  # setting: lowest, highest, usual
     "beta": (1e-6, 100, "0.05 to 0.5"), "learning_rate": (1e-12, 1e6, "5e-6 for LoRA"), "num_train_epochs": (1e-6, 1e6, "1"),
-    "label_smoothing": (0, 0.499, "0.1, the share of wrong labels"), "warmup_steps": (0, 1e9, "0.1"), "lora_r": (1, 1e5, "16 to 64"),
-    "lora_alpha": (1, 1e6, "lora_r"), "lora_dropout": (0, 0.999, "0"), "max_length": (2, 1e9, "1024 or 2048"),
-    "global_batch_size": (1, 1e9, "64"), "per_device_train_batch_size": (1, 1e9, "4"), "per_device_eval_batch_size": (1, 1e9, "4"),
-    "eval_pairs": (0, 1e9, "500"), "sample_prompts": (0, 1e6, "8"), "logging_steps": (1e-6, 1e9, "10"), "eval_steps": (1e-6, 1e9, "100"),
-    "save_steps": (1e-6, 1e9, "100"), "max_grad_norm": (0, 1e9, "1"), "weight_decay": (0, 1, "0"),
+    "label_smoothing": (0, 0.4999, "the share of wrong labels, 0.1,"), "warmup_steps": (0, 1e9, "0.1"), "lora_r": (1, 1e5, "16 to 64"),
+    "lora_alpha": (1, 1e6, "lora_r"), "lora_dropout": (0, 0.999, "0"), "max_length": (2, 1e9, "1024 to 4096"),
+    "global_batch_size": (1, 1e9, "64"), "per_device_train_batch_size": (1, 1e6, "4"), "per_device_eval_batch_size": (1, 1e6, "4"),
+    "eval_pairs": (0, 1e9, "500"), "sample_prompts": (0, 1e6, "8"), "logging_steps": (1e-6, 1e9, "10"),
+    "eval_steps": (1e-6, 1e9, "100"), "save_steps": (1e-6, 1e9, "100"), "max_grad_norm": (0, 1e9, "1"),
 }
+REFUSED = {  # settings that would break a promise of this program: why, and what to do
+    "trust_remote_code": "would run code of the model's author; use a model that transformers knows",
+    "hub_token": "would be written to a file; use `hf auth login`, or the environment's HF_TOKEN",
+    "dataset_streaming": "cannot be checked and split beforehand; leave it out",
+    "auto_find_batch_size": "would change the global batch; a smaller per_device_train_batch_size does not",
+    "resume_from_checkpoint": "is decided by what output_dir holds; the same command continues by itself",
+    "padding_free": "is ignored by TRL; `share_prefixes: true` pads nothing",
+    "sync_ref_model": "cannot work with an adapter; leave it out",
+}
+SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}  # the losses that read label_smoothing
 CONFLICTS = (  # setting, when it is wrong, why and what to do
     ("loss_type", lambda s: set(s.loss_type) - set(OBJECTIVES), f"is unknown; one of {', '.join(OBJECTIVES)}"),
-    ("loss_weights", lambda s: s.loss_weights and len(s.loss_weights) != len(s.loss_type), "is not one weight per loss_type; give as many"),
-    ("label_smoothing", lambda s: s.label_smoothing and not {"robust", "exo_pair", "aot", "aot_unpaired"} & set(s.loss_type),
-     "has no effect with this loss_type; `loss_type: robust` uses it, else leave it out"),
-    ("label_smoothing", lambda s: "exo_pair" in s.loss_type and not s.label_smoothing, "must be above 0 for exo_pair; 1e-3 is the paper's"),
-    ("discopop_tau", lambda s: s.discopop_tau != 0.05 and "discopop" not in s.loss_type, "has no effect; only `loss_type: discopop` uses it"),
-    ("f_alpha_divergence_coef", lambda s: s.f_alpha_divergence_coef != 0.5 and s.f_divergence_type != "alpha_divergence",
-     "has no effect; only `f_divergence_type: alpha_divergence` uses it"),
-    ("ref_model_name_or_path", lambda s: s.ref_model_name_or_path and s.reference != "copy", "has no effect; only `reference: copy` uses it"),
-    ("sync_ref_model", lambda s: s.sync_ref_model, "cannot work with an adapter; leave it out"),
-    ("use_peft", lambda s: not s.use_peft, "is another program's work; full fine-tuning needs `trl dpo`, this one trains adapters"),
-    ("merge", lambda s: s.merge and (s.load_in_4bit or s.load_in_8bit), "would round the adapter into a quantised base; leave it out, "
-     "then merge into the bf16 base: README, 'Merging'"),
-    ("precompute_ref_log_probs", lambda s: s.precompute_ref_log_probs and is_sharded(), "does not work while the model is sharded; leave it out"),
-    ("bf16", lambda s: s.bf16 and s.fp16, "excludes fp16; choose one"),
-    ("padding_free", lambda s: s.padding_free, "is ignored by TRL; `share_prefixes: true` pads nothing"),
+    ("loss_weights", lambda s: len(s.loss_weights or s.loss_type) != len(s.loss_type), "needs one weight per loss_type; add them"),
+    ("label_smoothing", lambda s: s.label_smoothing and not SMOOTHED & set(s.loss_type),
+     f"has no effect with this loss_type; one of {', '.join(sorted(SMOOTHED))} uses it, else leave it out"),
+    ("label_smoothing", lambda s: "exo_pair" in s.loss_type and not s.label_smoothing, "must be above 0 for exo_pair; try 1e-3"),
+    ("discopop_tau", lambda s: s.discopop_tau != 0.05 and "discopop" not in s.loss_type,
+     "has no effect with this loss_type; leave it out"),
+    ("ref_model_name_or_path", lambda s: s.ref_model_name_or_path and s.reference != "copy",
+     "has no effect with this reference; `reference: copy` uses it"),
+    ("use_peft", lambda s: not s.use_peft, "is another program's work; `trl dpo` trains all weights, this one adapters"),
+    ("merge", lambda s: s.merge and (s.load_in_4bit or s.load_in_8bit),
+     "would round the adapter into a quantised base; leave it out and merge into the bf16 base: README, 'Merging'"),
+    ("precompute_ref_log_probs", lambda s: s.precompute_ref_log_probs and is_sharded(), "needs a whole model; leave it out"),
     ("truncation_mode", lambda s: s.truncation_mode != "keep_start", "would cut prompts; keep_start"),
-    ("train_sampling_strategy", lambda s: s.train_sampling_strategy == "batch_rebalance", "makes unequal batches, and so weighs pairs unequally; random"),
-    ("trust_remote_code", lambda s: s.trust_remote_code, "would run code of the model's author; use a model that transformers knows"),
-    ("hub_token", lambda s: s.hub_token, "would be written to a file; `hf auth login`, or the environment's HF_TOKEN"),
-    ("dataset_streaming", lambda s: s.dataset_streaming, "cannot be checked beforehand; leave it out"),
-    ("auto_find_batch_size", lambda s: s.auto_find_batch_size, "would change the global batch; a smaller per_device_train_batch_size does not"),
-    ("resume_from_checkpoint", lambda s: s.resume_from_checkpoint, "is not needed; the same command continues by itself"),
+    ("train_sampling_strategy", lambda s: s.train_sampling_strategy == "batch_rebalance",
+     "makes batches of unequal size, which weigh pairs unequally; random"),
 )
 # fmt: on
 
@@ -215,49 +219,38 @@ def say(*lines: Any) -> None:
         print(*lines, sep="\n", flush=True)
 
 
-def closest(name: str, names) -> str:
-    match = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f"did you mean {match[0]}?" if match else "`--help` lists all settings"
-
-
-def read_constants() -> tuple[dict[str, Any], list[str]]:
-    """The edited constants by their setting's name, and a problem for each that is misspelt or missing."""
-    source = Path(__file__).read_text(encoding="utf-8").split("\nCONSTANTS = ")[0]
-    written = re.findall(r"^([A-Z][A-Z0-9_]*)(?:\s*:.*?)?\s*=", source, flags=re.M)
-    problems = [f"constant {n}: does not exist; {closest(n, CONSTANTS)}" for n in written if n not in CONSTANTS]
-    problems += [f"constant {n}: is missing at the top of the file; put it back" for n in CONSTANTS if n not in written]
-    module = vars(sys.modules[__name__])
-    return {setting: module[name] for name, setting in CONSTANTS.items() if name in module}, problems
-
-
-def as_flags(mapping: dict[str, Any]) -> list[list[str]]:
-    """Settings as the command-line words that say the same, so that every layer passes the same checks."""
-    groups = []
-    for name, value in mapping.items():
-        if isinstance(value, list):
-            groups.append([f"--{name}", *map(str, value)])
-        else:
-            groups.append([f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"])
-    return groups
-
-
-def parse_layer(parser, groups: list[list[str]], layer: str, problems: list[str]) -> dict[str, Any]:
-    """Parse each setting of one layer on its own, so that every wrong one is found."""
+def parse_layer(parser, layer: str, groups: list[list[str]], problems: list[str]) -> dict[str, Any]:
+    """{setting: value} of one layer; each is parsed on its own, so that every wrong one is found."""
     names, values = {action.dest for action in parser._actions}, {}
     for group in groups:
         name = group[0].removeprefix("--").split("=")[0].replace("-", "_")
-        if group[0] == f"--{name}=None" and name in names:  # an empty value in YAML, None in a constant
+        if group == [f"--{name}=None"] and name in names:  # an empty value in YAML, None in a constant
             values[name] = None
             continue
         try:
             parsed, unknown = parser.parse_known_args(group, argparse.Namespace(**dict.fromkeys(names)))
+            values |= {name: value for name, value in vars(parsed).items() if value is not None}
         except (argparse.ArgumentError, ValueError) as error:
             problems.append(f"{layer}: {error}")
             continue
         if unknown:
-            problems.append(f"{layer}: {unknown[0]!r} is not a setting; {closest(name, names)}")
-        values |= {name: value for name, value in vars(parsed).items() if value is not None}
+            match = difflib.get_close_matches(name.lower(), sorted(names), n=1, cutoff=0.5)
+            fix = f"did you mean {match[0]}?" if match else "`--help` lists all"
+            problems.append(f"{layer}: {unknown[0]!r} is not a setting; {fix}")
     return values
+
+
+def as_flags(mapping: dict[str, Any]) -> list[list[str]]:
+    """Settings as the command-line words that say the same, so that every layer passes the same checks."""
+    return [[f"--{name}", *map(str, value)] if isinstance(value, list) else
+            [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"] for name, value in mapping.items()]  # fmt: skip
+
+
+def read_constants() -> dict[str, Any]:
+    """The constants above by their setting's name; one that CONSTANTS does not know keeps its own, and so is refused."""
+    source = Path(__file__).read_text(encoding="utf-8").split("\nCONSTANTS = ")[0]
+    names = re.findall(r"^([A-Z]\w*) *[:=]", source, flags=re.M)
+    return {CONSTANTS.get(name, name): vars(sys.modules[__name__])[name] for name in names}
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -267,7 +260,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise UserError(f"--config {path}: {' '.join(str(error).split())}; give a readable YAML file") from None
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: holds no settings; write lines such as `beta: 0.1`")
-    os.environ.update({name: str(value) for name, value in content.pop("env", {}).items()})
+    os.environ.update({name: str(value) for name, value in content.pop("env", {}).items()})  # as `trl dpo` does
     return content
 
 
@@ -280,22 +273,21 @@ def parse_settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = TrlParser((Settings, ScriptArguments, ModelConfig, DPOConfig), allow_abbrev=False, exit_on_error=False)
     parser.description = "Direct Preference Optimization with LoRA. Constants < --config FILE.yaml < flags."
     parser.add_argument("--config", help="YAML file of settings, by the names below")
-    constants, problems = read_constants()
-    parser.set_defaults_with_config(**OUR_DEFAULTS, **constants)
+    parser.set_defaults_with_config(**OUR_DEFAULTS, **read_constants())
     if {"-h", "--help"} & set(argv):
         parser.parse_args(["--help"])
     groups: list[list[str]] = []
     for word in argv:  # ["--beta", "0.1", "--bf16"] -> [["--beta", "0.1"], ["--bf16"]]
         groups.append([word]) if word.startswith("--") or not groups else groups[-1].append(word)
-    flags = parse_layer(parser, groups, "command line", problems)
+    problems: list[str] = []
+    constants = parse_layer(parser, "constants", as_flags(read_constants()), problems)
+    flags = parse_layer(parser, "command line", groups, problems)
     config = flags.pop("config", None)
-    from_file = parse_layer(parser, as_flags(read_yaml(config)), config, problems) if config else {}
+    from_file = parse_layer(parser, config, as_flags(read_yaml(config)), problems) if config else {}
     names = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
-    defaults = {name: parser.get_default(name) for name in names}
-    values = defaults | parse_layer(parser, as_flags(constants), "constants", problems) | from_file | flags
+    values = {name: parser.get_default(name) for name in names} | constants | from_file | flags
     for name, value in values.items():  # dictionaries travel as JSON
-        if isinstance(value, str) and value.startswith("{"):
-            values[name] = json.loads(value)
+        values[name] = json.loads(value) if isinstance(value, str) and value.startswith("{") else value
     if isinstance(values["lora_target_modules"], list) and len(values["lora_target_modules"]) == 1:
         values["lora_target_modules"] = values["lora_target_modules"][0]  # "all-linear", or a pattern
     return argparse.Namespace(**values, given=set(from_file) | set(flags)), problems
@@ -329,6 +321,7 @@ def check_settings(s: argparse.Namespace) -> list[str]:
         if value is None or not low <= value <= high:
             problems.append(f"{name}={value}: must lie between {low:g} and {high:g}; {usual} is usual")
     problems += [f"{name}={getattr(s, name)}: {text}" for name, wrong, text in CONFLICTS if wrong(s)]
+    problems += [f"{name} {text}" for name, text in REFUSED.items() if getattr(s, name)]
     problems += check_batch(s) if not problems else []
     for name in ("model_name_or_path", "dataset_name", "ref_model_name_or_path"):
         value = getattr(s, name)
@@ -359,24 +352,6 @@ def check_machine(s: argparse.Namespace) -> list[str]:
     return problems + [f"{name}: these settings need it, and it is not installed; `pip install {name}`" for name in missing]
 
 
-HUB_FIXES = {  # what the error of a hub or file says: what to do
-    r"gated|restricted|401|403": "accept its licence on its page, then log in with `hf auth login`",
-    r"connect|offline|resolve|timed? ?out|network|LocalEntry": "connect to the network, or give a local folder",
-    r"safetensors": "give weights as safetensors: pickled ones can run code",
-    r"": "check the spelling; a private one needs `hf auth login`",
-}
-
-
-def fetch(setting: str, name: str, load, *args, **kwargs):
-    """load(*args, **kwargs), with every way in which a hub or a file can fail told in one line."""
-    try:
-        return load(*args, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        text = f"{type(error).__name__} {type(error.__cause__).__name__} {error}"
-        fix = next(fix for pattern, fix in HUB_FIXES.items() if re.search(pattern, text, re.IGNORECASE))
-        raise UserError(f"{setting}={name}: cannot be loaded: {str(error).strip().splitlines()[0]}; {fix}") from error
-
-
 # ------------------------------------------------------------------------------------------------------ preferences
 
 LAYOUTS = {  # what each column must hold; a column not named may be there or not
@@ -404,11 +379,10 @@ def kind_of(value) -> str:
 
 
 def recognise_layout(dataset, source: str) -> str:
-    """Name the one layout that fits the columns, judged by the first row that has something in all of them."""
-    rows = list(dataset.select(range(min(len(dataset), 100))))
-    told = {column for kinds in LAYOUTS.values() for column in kinds}.intersection(dataset.column_names)
-    found = next((row for row in rows if all(row[column] for column in told)), rows[0])
-    found = {column: kind_of(value) for column, value in found.items()}
+    """Name the one layout that fits the columns, judged by the row (of the first 100) that has most of them filled."""
+    told = {column for kinds in LAYOUTS.values() for column in kinds}
+    row = max(dataset.select(range(min(len(dataset), 100))), key=lambda row: sum(bool(row.get(name)) for name in told))
+    found = {column: kind_of(value) for column, value in row.items()}
     names = [name for name, kinds in LAYOUTS.items()
              if all(found.get(column, "nothing").endswith(kind) for column, kind in kinds.items())]
     if len(names) == 1:
@@ -419,11 +393,15 @@ def recognise_layout(dataset, source: str) -> str:
     raise UserError("\n".join([f"{source}: the columns fit {problem}. Rename or remove some until one fits.", *table]))
 
 
-def read_messages(value: dict | list[dict], where: str) -> list[dict]:
-    """One message or several, {role, content} or {from, value}, as a list of {role, content, ...}."""
+def read_messages(value: str | dict | list[dict], where: str) -> list[dict]:
+    r"""List {role, content, ...} from one or more of them or {from, value}, or "\n\nHuman: ...\n\nAssistant: ...".
+
+    Raises UserError for a role that is not in ROLES and for content that is not text.
+    """
+    if isinstance(value, str):
+        parts = re.split(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):", value)
+        value = [{"from": name, "value": said.strip()} for name, said in zip(parts[1::2], parts[2::2])]
     messages = []
-    # arrow gives every struct of a column the keys of all, with None for those it had not
-    value = json.loads(json.dumps(value), object_hook=lambda d: {k: v for k, v in d.items() if v is not None})
     for turn in [value] if isinstance(value, dict) else value:
         if "from" in turn:
             turn = {{"from": "role", "value": "content"}.get(key, key): item for key, item in turn.items()}
@@ -436,13 +414,6 @@ def read_messages(value: dict | list[dict], where: str) -> list[dict]:
     return messages
 
 
-def read_transcript(text: str, where: str) -> list[dict]:
-    r"""hh-rlhf's text, "\n\nHuman: ...\n\nAssistant: ...", as a list of {role, content}."""
-    names = {"Human": "user", "Assistant": "assistant"}
-    parts = re.split(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):", text)[1:]
-    return [{"role": names[name], "content": said.strip()} for name, said in zip(parts[::2], parts[1::2], strict=True)]
-
-
 def is_blank(side: str | list[dict]) -> bool:
     """Whether a text, or the last of some messages, says nothing."""
     last = {"content": side} if isinstance(side, str) else side[-1] if side else {"content": ""}
@@ -451,12 +422,13 @@ def is_blank(side: str | list[dict]) -> bool:
 
 def canonical_pair(row: dict, layout: str, chat_strings: bool, where: str) -> tuple | str:
     """One row as (prompt, chosen, rejected), all text or all lists of messages; or why it is dropped."""
-    readers, sides = {"messages": read_messages, "transcript text": read_transcript}, {"prompt": None}
+    sides = {"prompt": None}
     for column, kind in LAYOUTS[layout].items():
         if kind != "nothing":
-            if not kind_of(row[column]).endswith(kind.split()[-1]):
-                raise UserError(f"{where}: {column} holds {kind_of(row[column])}, not {kind}.")
-            side = readers[kind](row[column], where) if kind in readers else row[column]
+            side = row.get(column)
+            if not kind_of(side).endswith(kind.split()[-1]):
+                raise UserError(f"{where}: {column} holds {kind_of(side)}, not {kind}.")
+            side = side if kind == "text" else read_messages(side, where)
             if chat_strings and layout == "standard":
                 side = [{"role": "user" if column == "prompt" else "assistant", "content": side}]
             sides["prompt" if column == "conversations" else column] = side
@@ -492,7 +464,7 @@ def split_history(prompt: list[dict] | str | None, chosen: list[dict], rejected:
     return "empty side" if is_blank(chosen[:size]) else (chosen[:size], chosen[size:], rejected[size:])
 
 
-def render_pair(pair: tuple, extra: dict, tokenizer, where: str) -> tuple[list[str] | str, str]:
+def render_pair(pair: tuple, row: dict, tokenizer, where: str) -> tuple[list[str] | str, str]:
     """([prompt, prompt + chosen, prompt + rejected], the template's arguments) or (why it is dropped, "").
 
     The first arguments that render the prompt alone as the beginning of both others are taken. Qwen3 writes an empty
@@ -502,8 +474,8 @@ def render_pair(pair: tuple, extra: dict, tokenizer, where: str) -> tuple[list[s
     if isinstance(prompt, str):
         return [prompt, *(prompt + answer for answer in answers)], "none"
     for choice in [{"enable_thinking": False}, {}] if "enable_thinking" in str(tokenizer.chat_template) else [{}]:
-        options = {"tokenize": False, **choice, **extra}
         try:
+            options = {"tokenize": False, "tools": row.get("tools"), **choice, **row.get("chat_template_kwargs", {})}
             alone = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)
             whole = [tokenizer.apply_chat_template(prompt + answer, **options) for answer in answers]
         except Exception as error:  # jinja's own errors, and whatever a template raises to refuse a conversation
@@ -513,7 +485,7 @@ def render_pair(pair: tuple, extra: dict, tokenizer, where: str) -> tuple[list[s
     if max(map(len, answers)) > 1:
         return "histories differ", ""
     other = next(text for text in whole if not text.startswith(alone))
-    parted = len(os.path.commonprefix([alone, other]))
+    parted = next((i for i, (a, b) in enumerate(zip(alone, other)) if a != b), len(other))
     alone, other = (repr(text[max(0, parted - 80) : parted + 80]) for text in (alone, other))
     raise UserError(
         f"{where}: the chat template renders the prompt differently alone, as the model in use sees it, than with its "
@@ -548,36 +520,40 @@ def tokenize_pairs(pairs: list, tokenizer, raw: bool):
     def encode(texts, special=False):
         return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False).input_ids
 
-    ends = (tokenizer.eos_token, *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special))
-    start, bare, texts = encode("x", True), encode("x"), []
-    start = start[: start.index(bare[0])] if raw else []  # a template writes the bos itself
+    special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+    ends = (tokenizer.eos_token, *(token.content for token in special))
+    parts = [token.content for token in special if not (token.lstrip or token.normalized)]
+    start, texts = encode("x", special=True), []
+    start = start[: start.index(encode("x")[0])] if raw else []  # a template writes the bos itself
     for alone, *whole in pairs:
         whole = [text if text.rstrip().endswith(ends) else text + tokenizer.eos_token for text in whole]
-        # special tokens part a text: what precedes the prompt's last one is tokenized once instead of three times
-        size = max(0, *map(alone.rfind, ends))
+        # these tokens part a text: what precedes the prompt's last one is tokenized once instead of three times
+        size = max([0, *map(alone.rfind, parts)])
         texts += [alone[:size], *(text[size:] for text in (alone, *whole))]
     ids = encode(texts) if texts else []
     for i in range(0, len(ids), 4):
         head, tail, *both = ids[i : i + 4]
         # where tokens merge across the boundary, the answer is tokenized apart: in use, it starts with a new token
         answers = [joint[len(tail) :] if joint[: len(tail)] == tail else encode(text[len(texts[i + 1]) :])
-                   for joint, text in zip(both, texts[i + 2 : i + 4], strict=True)]
+                   for joint, text in zip(both, texts[i + 2 : i + 4])]
         yield start + head + tail, *answers
 
 
 def prepare_batch(batch: dict, numbers: list[int], tokenizer, layout: str, options: dict, source: str) -> dict:
-    """Columns as they were read to the columns PREPARED; a pair that is dropped before it is tokenized has no tokens."""
+    """Columns as they were read to the columns PREPARED; a pair dropped before it is tokenized has no tokens."""
     results = []
-    for number, *cells in zip(numbers, *batch.values(), strict=True):
-        row, where = dict(zip(batch, cells, strict=True)), f"{source}, row {number + 1}"
+    for number, *cells in zip(numbers, *batch.values()):
+        # arrow gives every struct of a column the keys of all of them, with None for those it had not
+        row = json.dumps(dict(zip(batch, cells)), default=str)
+        row = json.loads(row, object_hook=lambda d: {key: value for key, value in d.items() if value is not None})
+        where = f"{source}, row {number + 1}"
         pair = canonical_pair(row, layout, options["chat_strings"], where)
-        extra = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
-        results.append((pair, "") if isinstance(pair, str) else render_pair(pair, extra, tokenizer, where))
+        results.append((pair, "") if isinstance(pair, str) else render_pair(pair, row, tokenizer, where))
     rendered = [texts for texts, template in results if template]
     ids = tokenize_pairs(rendered, tokenizer, raw=layout == "standard" and not options["chat_strings"])
     rows = [(*measure_pair(*next(ids), options["max_length"]), form) if form else ([], [], [], 0, 0, reason, "")
             for reason, form in results]
-    return dict(zip(PREPARED, map(list, zip(*rows, strict=True)), strict=True))
+    return dict(zip(PREPARED, map(list, zip(*rows))))
 
 
 def prepare_split(dataset, split: str, settings, tokenizer) -> tuple:
@@ -594,15 +570,15 @@ def prepare_split(dataset, split: str, settings, tokenizer) -> tuple:
     read = sorted({*LAYOUTS[layout], *sum(SCORES, ()), "tools", "chat_template_kwargs"}.intersection(dataset.features))
     options = {"chat_strings": settings.chat_strings, "max_length": settings.max_length}
     # our own key for the cache: the default one pickles the tokenizer, which differs from run to run
-    code = [kind_of, read_messages, read_transcript, is_blank, canonical_pair, split_history, render_pair, measure_pair]
-    key = [dataset._fingerprint, read, options, LAYOUTS, SCORES, ROLES, tokenizer.backend_tokenizer.to_str()]
-    key += [tokenizer.chat_template, tokenizer.special_tokens_map]
-    key += map(inspect.getsource, [*code, tokenize_pairs, prepare_batch])
+    code = [kind_of, read_messages, is_blank, canonical_pair, split_history, render_pair, tokenize_pairs]
+    words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab())
+    key = [dataset._fingerprint, read, options, words, tokenizer.special_tokens_map, tokenizer.chat_template]
+    key += [LAYOUTS, SCORES, ROLES, *map(inspect.getsource, [*code, measure_pair, prepare_batch])]
     types = [List(Value("int32"))] * 3 + [Value("int64")] * 2 + [Value("string")] * 2
     table = dataset.select_columns(read).map(
-        prepare_batch, with_indices=True, batched=True, batch_size=256, remove_columns=read, desc=f"Tokenizing {split}",
+        prepare_batch, with_indices=True, batched=True, batch_size=256, remove_columns=read,
         fn_kwargs={"tokenizer": tokenizer, "layout": layout, "options": options, "source": source},
-        features=Features(zip(PREPARED, types, strict=True)), num_proc=settings.dataset_num_proc,
+        features=Features(zip(PREPARED, types)), num_proc=settings.dataset_num_proc, desc=f"Tokenizing {split}",
         new_fingerprint=blake2b(repr(key).encode(), digest_size=16).hexdigest(),
     )
     ignored = ", ".join(sorted({*dataset.features}.difference(read)))
@@ -680,7 +656,7 @@ def read_splits(settings) -> dict:
 
     name, path = settings.dataset_name, Path(settings.dataset_name).expanduser()
     builder, known = BUILDERS.get(path.suffix), ", ".join(BUILDERS)
-    if path.is_file() != bool(builder) or (name[:1] in "./~" and not path.exists()):
+    if (path.is_file() and not builder) or (not path.exists() and (builder or name[:1] in "./~")):
         raise UserError(f"dataset_name: {name} is no folder, and no file of a known type ({known}).")
     source = {"path": str(path) if path.exists() else name, "name": settings.dataset_config}
     if path.is_file():
@@ -690,9 +666,8 @@ def read_splits(settings) -> dict:
         found = load_dataset(**source)
     except Exception as error:  # the network's, the hub's, arrow's, pandas'
         reason = (find_bad_row(path) if path.exists() else "") or f"{type(error).__name__}: {error}"
-        raise UserError(f"The data set {name} cannot be read: {reason}\nA name on the hub takes a network, the right "
-                        "spelling, and for a gated one `hf auth login`; a folder must hold files of a known type "
-                        f"({known}).") from error
+        raise UserError(f"The data set {name} cannot be read: {reason}\nFrom the hub: check name and network, and use "
+                        f"`hf auth login` for a gated one. From a folder: it must hold {known} files.") from error
     train, test = settings.dataset_train_split, settings.dataset_test_split
     if (train, test) == ("train", "test") and train not in found and "train_prefs" in found:
         train, test = "train_prefs", "test_prefs"
@@ -714,8 +689,8 @@ def load_preferences(settings, tokenizer) -> tuple:
     train, *test = (pairs for pairs, _ in splits.values())
     train, held_out = (train, *test) if test else hold_out(train, settings.eval_pairs, settings.seed)
     both = np.isin(*(column_values(pairs, "pair_hash") for pairs in (train, held_out))).sum() if held_out else 0
-    report = {"data": settings.dataset_name, "train": len(train), "held out": len(held_out or []), "in both": int(both)}
-    return train, held_out, report | {"splits": {name: part for name, (_, part) in splits.items()}}
+    report = {"data": settings.dataset_name, "splits": {name: part for name, (_, part) in splits.items()}}
+    return train, held_out, report | {"train": len(train), "held out": len(held_out or []), "in both": int(both)}
 
 
 def format_report(report: dict) -> str:
@@ -739,56 +714,73 @@ def describe_pair(tokenizer, pair: dict, max_length: int | None) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ policy and reference
+HUB_FIXES = {  # what the error of a hub or a file says: what to do
+    r"gated|restricted|401|403": "accept its licence on its page, then log in with `hf auth login`",
+    r"connect|offline|resolve|timed? ?out|network|LocalEntry": "connect to the network, or give a local folder",
+    r"safetensors": "give weights as safetensors: pickled ones can run code",
+    r"": "check the spelling; a private one needs `hf auth login`",
+}
+
+
+def fetch(setting: str, load, name: str, *args, **kwargs):
+    """load(name, ...), with every way in which a hub or a file can fail told in one line."""
+    try:
+        return load(name, *args, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        text = f"{type(error).__name__} {type(error.__cause__).__name__} {error}"
+        fix = next(fix for pattern, fix in HUB_FIXES.items() if re.search(pattern, text, re.IGNORECASE))
+        raise UserError(f"{setting}={name}: cannot be loaded: {str(error).strip().splitlines()[0]}; {fix}") from error
+
+
 def load_start(s: argparse.Namespace) -> argparse.Namespace:
-    """Where the run starts: base, adapter (None unless model_name_or_path is one), tokenizer, config, reference, description."""
+    """What a run starts from: base, adapter (None unless the model is one), tokenizer, config, and the kind of reference."""
     name = os.path.expanduser(s.model_name_or_path)
-    path = fetch("model_name_or_path", name, find_adapter_config_file, name, revision=s.model_revision)
-    adapter = name if path else None
+    path = fetch("model_name_or_path", find_adapter_config_file, name, revision=s.model_revision)
     base = json.loads(Path(path).read_text(encoding="utf-8"))["base_model_name_or_path"] if path else name
-    if adapter is None and (s.reference == "adapter" or s.fresh_adapter):
+    if not path and (s.reference == "adapter" or s.fresh_adapter):
         raise UserError(f"reference={s.reference}, fresh_adapter={s.fresh_adapter}: {name} is no adapter; leave them out")
-    kind = "adapter" if adapter and not s.fresh_adapter and s.reference == "auto" else s.reference
-    text = {"auto": "the policy with its adapter switched off" + (" (the SFT model)" if adapter else ""),
+    continues = bool(path) and not s.fresh_adapter
+    kind = "adapter" if continues and s.reference == "auto" else s.reference
+    told = {"auto": f"the policy with its adapter switched off{' (base and SFT adapter, merged)' if path else ''}",
             "copy": f"a second, frozen model ({s.ref_model_name_or_path or name})",
-            "adapter": f"a frozen copy of the starting adapter ({adapter})"}[kind]  # fmt: skip
-    has_tokenizer = adapter is None or Path(adapter, "tokenizer_config.json").exists()
-    source = name if has_tokenizer else base
-    tokenizer = fetch("model_name_or_path", source, AutoTokenizer.from_pretrained, source, trust_remote_code=False)
+            "adapter": f"a frozen copy of the starting adapter ({name})"}  # fmt: skip
+    source = base if path and Path(name).exists() and not Path(name, "tokenizer_config.json").exists() else name
+    tokenizer = fetch("model_name_or_path", AutoTokenizer.from_pretrained, source, trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    config = fetch("model_name_or_path", base, AutoConfig.from_pretrained, base, trust_remote_code=False)
-    return argparse.Namespace(base=base, adapter=adapter, tokenizer=tokenizer, config=config, reference=kind, text=text)
+    config = fetch("model_name_or_path", AutoConfig.from_pretrained, base, trust_remote_code=False)
+    return argparse.Namespace(base=base, adapter=name if path else None, continues=continues, tokenizer=tokenizer,
+                              config=config, reference=kind, told=told[kind])  # fmt: skip
 
 
-def load_model(s: argparse.Namespace, args: DPOConfig, base: str, adapter: str | None, trainable: bool):
-    """(causal LM on this process's one device, why its prefixes are not shared or None); adapter on top, or merged."""
-    from_hub = {"revision": s.model_revision} if base == s.model_name_or_path else {}
-    on_gpu = {"device_map": {"": args.device}} if args.device.type == "cuda" and not is_sharded() else {}
-    model = fetch("model", base, AutoModelForCausalLM.from_pretrained, base, **from_hub, **on_gpu, dtype=s.dtype,
+def load_model(s, args, base: str, adapter: str | None, trainable: bool) -> tuple:
+    """(causal LM on this process's one device, why it shares no prefixes or None), its adapter on top, or merged."""
+    places = {"device_map": {"": args.device}} if args.device.type == "cuda" and not is_sharded() else {}
+    if base == s.model_name_or_path:
+        places["revision"] = s.model_revision
+    model = fetch("model_name_or_path", AutoModelForCausalLM.from_pretrained, base, **places, dtype=s.dtype,
                   attn_implementation=s.attn_implementation, quantization_config=get_quantization_config(s),
                   use_safetensors=True, trust_remote_code=False)  # fmt: skip
     reason = why_not_shared(model, s)
     if reason is None:
         share_prefixes(model)
     if adapter:
-        model = fetch("adapter", adapter, PeftModel.from_pretrained, model, adapter, is_trainable=trainable)
-        model = model if trainable else model.merge_and_unload()
-    return model, reason
+        model = fetch("adapter", lambda name: PeftModel.from_pretrained(model, name, is_trainable=trainable), adapter)
+    return (model.merge_and_unload() if adapter and not trainable else model), reason
 
 
 def build_trainer(s, args, start, train, held_out) -> "PreferenceTrainer":
-    """Policy, reference and pairs in a DPOTrainer: with `ref_model=None` TRL switches the adapter off, or copies the SFT one."""
+    """Policy, reference and pairs in a trl.DPOTrainer: without `ref_model` it switches the adapter off, or copies SFT's."""
     set_seed(s.seed)
-    continues = bool(start.adapter) and not s.fresh_adapter
-    policy, reason = load_model(s, args, start.base, start.adapter, trainable=continues)
+    policy, reason = load_model(s, args, start.base, start.adapter, trainable=start.continues)
     reference = None
     if start.reference == "copy":
         other = (s.ref_model_name_or_path, None) if s.ref_model_name_or_path else (start.base, start.adapter)
         reference, why = load_model(s, args, *other, trainable=False)
         reason = reason or why
+    collator = PreferenceCollator(start.tokenizer.pad_token_id, s.max_length, share_prefixes=reason is None)
     trainer = PreferenceTrainer(
-        model=policy, ref_model=reference, args=args, train_dataset=train, eval_dataset=held_out,
-        processing_class=start.tokenizer, peft_config=None if continues else get_peft_config(s),
-        data_collator=PreferenceCollator(start.tokenizer.pad_token_id, s.max_length, share_prefixes=reason is None),
+        model=policy, ref_model=reference, args=args, train_dataset=train, eval_dataset=held_out, data_collator=collator,
+        processing_class=start.tokenizer, peft_config=None if start.continues else get_peft_config(s),
         compute_metrics=pair_metrics,
     )  # fmt: skip
     if args.bf16 and args.device.type == "cuda":
@@ -806,10 +798,9 @@ class PreferenceTrainer(DPOTrainer):
 
     def stop_unless_finite(self, value, what: str, inputs: dict) -> None:
         if not math.isfinite(value):
-            starts = [row[:60] for row in inputs["input_ids"][: len(inputs["input_ids"]) // 2].tolist()] if inputs else []
-            pairs = "".join(f"\n  {text[:100]!r}" for text in self.processing_class.batch_decode(starts))
             text = ADVICE["not finite"][1].format(what=what, step=self.state.global_step + 1, lr=self.args.learning_rate)
-            raise UserError(text + (f" Its pairs begin:{pairs}" if pairs else ""), status=1)
+            rows = [row[:60] for row in inputs.get("input_ids", torch.zeros(0)).chunk(2)[0].tolist()]
+            raise UserError("\n  ".join([text, *(repr(t) for t in self.processing_class.batch_decode(rows))]), status=1)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -824,14 +815,13 @@ class PreferenceTrainer(DPOTrainer):
     def pair_logps(self, model, inputs) -> tuple:
         """Log-probs of the answers, (B,) each: policy's chosen, rejected, reference's chosen, rejected; and the output."""
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        beside = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+        passed = {k: v for k, v in inputs.items() if k != "completion_mask" and not k.startswith("ref_")}
         with torch.no_grad(), self.compute_loss_context_manager():
-            output = model(**{k: v for k, v in inputs.items() if k not in beside}, labels=labels, use_cache=False,
-                           fused_lm_head=True)  # fmt: skip
-            policy = self.compute_ref_log_probs(lambda **_: output, inputs)  # it sums the answer's tokens, for any model
-            kept = (inputs.get("ref_chosen_logps"), inputs.get("ref_rejected_logps"))
-            reference = kept if kept[0] is not None else self.compute_ref_log_probs(self.ref_model or model, inputs)
-        return *policy, *reference, output
+            output = model(**passed, labels=labels, use_cache=False, fused_lm_head=True)
+            policy = self.compute_ref_log_probs(lambda **_: output, inputs)  # it sums up the answers of any model
+            if "ref_chosen_logps" in inputs:
+                return *policy, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"], output
+            return *policy, *self.compute_ref_log_probs(self.ref_model or model, inputs), output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(B, 5) in place of logits: each pair's loss, rewards of chosen and rejected, log-probs of chosen and rejected.
@@ -840,18 +830,18 @@ class PreferenceTrainer(DPOTrainer):
         log means of batch means. A pair's loss is TRL's own, computed from the model's output for that pair.
         """
         inputs = self._prepare_inputs(inputs)
-        chosen, rejected, ref_chosen, ref_rejected, output = self.pair_logps(model, inputs)
+        *logps, output = self.pair_logps(model, inputs)
         losses, precomputed, self.precompute_ref_logps = [], self.precompute_ref_logps, True
-        for i in range(len(chosen)):
-            rows = [i, i + len(chosen)]
+        for i in range(len(logps[0])):
+            rows = [i, i + len(logps[0])]
             one = type(output)(**{k: v[rows] for k, v in output.items() if v is not None and v.ndim == 2})
             pair = {k: inputs[k][rows] for k in ("input_ids", "attention_mask", "completion_mask")}
-            pair |= {"ref_chosen_logps": ref_chosen[i : i + 1], "ref_rejected_logps": ref_rejected[i : i + 1]}
+            pair |= {f"ref_{side}_logps": values[i : i + 1] for side, values in zip(("chosen", "rejected"), logps[2:])}
             losses.append(self._compute_loss(lambda one=one, **_: one, pair, return_outputs=False).detach().float())
         self.precompute_ref_logps = precomputed
         self._metrics["eval"].clear()
-        rewards = self.beta * (chosen - ref_chosen), self.beta * (rejected - ref_rejected)
-        scores = torch.stack([torch.stack(losses), *rewards, chosen, rejected], dim=1)
+        rewards = [self.beta * (policy - reference) for policy, reference in zip(logps[:2], logps[2:])]
+        scores = torch.stack([torch.stack(losses), *rewards, *logps[:2]], dim=1)
         return None, scores, scores[:, :1]
 
     def _save_checkpoint(self, model, trial):
@@ -859,15 +849,14 @@ class PreferenceTrainer(DPOTrainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         try:
-            loss = self.accelerator.gather(self._tr_loss).mean().item()
+            state = {"_tr_loss": self.accelerator.gather(self._tr_loss).mean().item()}
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if is_main():
-                meters = {"_tr_loss": loss, "_globalstep_last_logged": self._globalstep_last_logged, "_total_loss_scalar":
-                          self._total_loss_scalar, "_total_train_tokens": self._total_train_tokens}  # fmt: skip
+                state |= {k: vars(self)[k] for k in ("_globalstep_last_logged", "_total_loss_scalar", "_total_train_tokens")}
                 files = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
-                write_file(folder / MANIFEST, json.dumps({"data": self.data_hash, "files": files, "meters": meters,
-                                                          "metrics": self._metrics["train"]}, indent=1))  # fmt: skip
+                manifest = {"data": self.data_hash, "files": files, "state": state, "metrics": self._metrics["train"]}
+                write_file(folder / MANIFEST, json.dumps(manifest, indent=1))
                 rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder} could not be written ({error}); older checkpoints are untouched: make room on the "
@@ -875,11 +864,11 @@ class PreferenceTrainer(DPOTrainer):
         finally:
             self.args.save_total_limit = limit
 
-    def restore_meters(self, folder: Path) -> None:
+    def restore_averages(self, folder: Path) -> None:
         """So that the first log line after a resume averages over the steps before it too."""
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        self._tr_loss += manifest["meters"].pop("_tr_loss")
-        vars(self).update(manifest["meters"])
+        self._tr_loss += manifest["state"].pop("_tr_loss")
+        vars(self).update(manifest["state"])
         self._metrics["train"] = defaultdict(list, manifest["metrics"])
 
 
@@ -887,52 +876,51 @@ def pair_metrics(scores) -> dict[str, float]:
     """Means over the held-out pairs, each counted once; accuracies with their 95% interval (Wilson, 1927)."""
     loss, chosen, rejected, logps_chosen, logps_rejected = np.asarray(scores.predictions, dtype=np.float64).T
     n, p, z = len(loss), float((chosen > rejected).mean()), 1.96
-    centre, half = (p + z * z / (2 * n)), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     means = {"loss": loss, "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
              "logps/chosen": logps_chosen, "logps/rejected": logps_rejected}  # fmt: skip
-    bounds = {"low": (centre - half) / (1 + z * z / n), "high": (centre + half) / (1 + z * z / n)}
-    return {"rewards/accuracies": p, **{f"rewards/accuracies_{end}": v for end, v in bounds.items()},
-            **{name: float(values.mean()) for name, values in means.items()}}  # fmt: skip
+    bounds = {f"rewards/accuracies_{end}": (centre + sign * half) / (1 + z * z / n) for end, sign in (("low", -1), ("high", 1))}
+    return {"rewards/accuracies": p} | bounds | {name: float(values.mean()) for name, values in means.items()}
+
+
+def reference_key(s: argparse.Namespace, start: argparse.Namespace) -> str:
+    """Hash of what reference log-probs depend on beside the pairs' tokens: weights, dtype, quantisation, ld_alpha."""
+    names = [s.ref_model_name_or_path] if s.ref_model_name_or_path else [start.base, start.adapter]
+    what = [s.model_revision, s.dtype, s.bf16, s.fp16, s.load_in_4bit, s.load_in_8bit, s.bnb_4bit_quant_type, s.ld_alpha]
+    for name in filter(None, names):
+        files = [p.stat() for p in sorted(Path(name).glob("*.safetensors"))]
+        commit = [] if files else getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)
+        what += [name, commit or [(file.st_size, file.st_mtime_ns) for file in files]]
+    return blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
 
 
 def cache_reference(trainer: PreferenceTrainer, s: argparse.Namespace, start: argparse.Namespace) -> None:
-    """The reference's log-probs from a database that all runs share, computed where missing, as columns of the data sets.
-
-    Its name is a hash of what they depend on beside the tokens, which `pair_hash` covers: the weights (hub commit, or
-    names, sizes and times of local files), dtype, quantisation and ld_alpha.
-    """
-    def identity(name):
-        files = sorted(Path(name).glob("*")) if name and Path(name).is_dir() else []
-        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.suffix in (".safetensors", ".json")]
-        return [name, stats or getattr(AutoConfig.from_pretrained(name), "_commit_hash", None) if name else None]
-
-    names = (s.ref_model_name_or_path, None) if s.ref_model_name_or_path else (start.base, start.adapter)
-    settings = [s.model_revision, s.dtype, s.bf16, s.fp16, s.load_in_4bit, s.load_in_8bit, s.bnb_4bit_quant_type, s.ld_alpha]
-    key = hashlib.blake2b(json.dumps([*map(identity, names), settings]).encode(), digest_size=8).hexdigest()
-    path = Path(HF_HOME, "dpotrainer", f"reference-{key}.sqlite")
+    """The reference's log-probs as columns, from a database that runs share; what is missing is computed and kept."""
+    path = Path(HF_HOME, "dpotrainer", f"reference-{reference_key(s, start)}.sqlite")
     path.parent.mkdir(parents=True, exist_ok=True)
-    pairs = concatenate_datasets([d for d in (trainer.train_dataset, trainer.eval_dataset) if d is not None])
+    names = [name for name in ("train_dataset", "eval_dataset") if getattr(trainer, name) is not None]
+    pairs = concatenate_datasets([getattr(trainer, name) for name in names])
     with closing(sqlite3.connect(path, timeout=600)) as database:
         database.execute("CREATE TABLE IF NOT EXISTS logps (pair INTEGER PRIMARY KEY, chosen REAL, rejected REAL)")
         known = {row[0] for row in database.execute("SELECT pair FROM logps")}
         trainer.accelerator.wait_for_everyone()  # all look before any adds, so that all divide the same work
         todo = [i for i, pair in enumerate(pairs["pair_hash"]) if pair not in known]
         say(f"reference log-probs: {len(pairs) - len(todo)} of {len(pairs)} pairs are in {path}")
-        mine = todo[trainer.accelerator.process_index :: trainer.accelerator.num_processes]
-        for at in tqdm(range(0, len(mine), s.per_device_eval_batch_size), desc="reference", disable=not is_main() or not todo):
-            rows = [pairs[i] for i in mine[at : at + s.per_device_eval_batch_size]]
+        mine, size = todo[trainer.accelerator.process_index :: trainer.accelerator.num_processes], s.per_device_eval_batch_size
+        for at in tqdm(range(0, len(mine), size), desc="reference", disable=None if is_main() and todo else True):
+            rows = [pairs[i] for i in mine[at : at + size]]
             batch = trainer._prepare_inputs(trainer.data_collator(rows))
             logps = trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch)
-            values = zip([row["pair_hash"] for row in rows], *(part.tolist() for part in logps), strict=True)
+            values = zip([row["pair_hash"] for row in rows], *(part.tolist() for part in logps))
             with database:  # commits: a kill costs one batch
                 database.executemany("INSERT OR REPLACE INTO logps VALUES (?, ?, ?)", values)
         trainer.accelerator.wait_for_everyone()
-        logps = {pair: (chosen, rejected) for pair, chosen, rejected in database.execute("SELECT * FROM logps")}
-    for name in ("train_dataset", "eval_dataset"):
-        if (data := getattr(trainer, name)) is not None:
-            for i, column in enumerate(("ref_chosen_logps", "ref_rejected_logps")):
-                data = data.add_column(column, [logps[pair][i] for pair in data["pair_hash"]])
-            setattr(trainer, name, data)
+        logps = {pair: both for pair, *both in database.execute("SELECT * FROM logps")}
+    for name in names:
+        data = getattr(trainer, name)
+        for i, column in enumerate(("ref_chosen_logps", "ref_rejected_logps")):
+            data = data.add_column(column, [logps[pair][i] for pair in data["pair_hash"]])
+        setattr(trainer, name, data)
     trainer.precompute_ref_logps = True
 
 
@@ -1096,53 +1084,62 @@ def share_prefixes(model):
 
 
 # ------------------------------------------------------------------------------------------------------------ the plan
-def make_plan(s, args, start, train, held_out) -> tuple[list[str], list[str]]:
-    """(short, long) lines of what will happen, every derived number included; from config and data, never the weights."""
-    with torch.device("meta"):  # shapes without memory
+def measure_model(s: argparse.Namespace, start: argparse.Namespace) -> argparse.Namespace:
+    """Weights in all and trained, bytes of the frozen ones, and why prefixes are not shared: from shapes, without weights."""
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(start.config, dtype=getattr(torch, s.dtype, torch.bfloat16))
         reason = why_not_shared(model, s)
-        continues = start.adapter and not s.fresh_adapter
-        model = get_peft_model(model, PeftConfig.from_pretrained(start.adapter) if continues else get_peft_config(s))
-    trained = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name or "modules_to_save" in name)
-    total, frozen = sum(p.numel() for p in model.parameters()), 0.0
+        model = get_peft_model(model, PeftConfig.from_pretrained(start.adapter) if start.continues else get_peft_config(s))
+    sizes = argparse.Namespace(total=0, trained=0, frozen=0.0, reason=reason)
     for name, weight in model.named_parameters():
-        packed = (s.load_in_4bit or s.load_in_8bit) and weight.ndim == 2 and not re.search("embed|lm_head|lora_", name)
-        frozen += weight.numel() * ((0.516 if s.load_in_4bit else 1) if packed else weight.element_size()) * ("lora_" not in name)
-    size, config = s.per_device_train_batch_size, start.config.get_text_config()
+        packed = (s.load_in_4bit or s.load_in_8bit) and weight.ndim == 2 and not re.search("embed|lm_head", name)
+        width = (0.516 if s.load_in_4bit else 1) if packed else weight.element_size()  # NF4 and its doubly packed scales
+        trained = bool(re.search("lora_|modules_to_save", name))
+        sizes.total += weight.numel()
+        sizes.trained += weight.numel() * trained
+        sizes.frozen += weight.numel() * width * (not trained)
+    return sizes
+
+
+def make_plan(s, args, start, train, held_out) -> tuple[list[str], list[str]]:
+    """(short, long) lines of what will happen, every derived number included; from config and data, never the weights."""
+    model, size, config = measure_model(s, start), s.per_device_train_batch_size, start.config.get_text_config()
     lengths, needed = token_lengths(train), np.asarray(train["needed_tokens"])
     longest = np.minimum(lengths["prompt"] + np.maximum(lengths["chosen"], lengths["rejected"]), s.max_length or 1 << 30)
     shuffled = np.random.default_rng(s.seed).permutation(longest)
     padded = sum(2 * len(rows) * int(rows.max()) for rows in (shuffled[i : i + size] for i in range(0, len(train), size)))
-    tokens = int(np.sort(needed)[-size:].sum()) if reason is None else 2 * size * int(longest.max())
-    width, hidden, inner = 4 if s.dtype == "float32" else 2, config.hidden_size, getattr(config, "intermediate_size", 0)
-    layer = tokens * width * (14 * hidden + 5 * inner)  # what one decoder layer keeps for its backward pass
-    kept = config.num_hidden_layers * (tokens * width * hidden if s.gradient_checkpointing else layer) + 2 * layer
-    memory = {"weights": frozen * (2 if start.reference == "copy" else 1), "adapter": 4.0 * trained * (2 if start.reference == "adapter" else 1),
-              "gradients": 4.0 * trained, "optimizer": trained * (2.0 if "8bit" in str(s.optim) else 8.0)}  # fmt: skip
-    gib = {name: value / 2**30 for name, value in memory.items()}
-    disk = (s.save_total_limit or 1) * (gib["adapter"] + gib["optimizer"]) + gib["adapter"] + s.merge * frozen / 2**30
-    weights = s.loss_weights or [1] * len(s.loss_type)
-    objective = " + ".join(f"{w:g} x {OBJECTIVES[t]}" for t, w in zip(s.loss_type, weights)).removeprefix("1 x ")
-    objective += "; equals sigmoid, for label_smoothing is 0" if s.loss_type == ["robust"] and not s.label_smoothing else ""
+    tokens = int(np.sort(needed)[-size:].sum()) if model.reason is None else 2 * size * int(longest.max())
+    width, inner = (4 if s.dtype == "float32" else 2), getattr(config, "intermediate_size", 4 * config.hidden_size)
+    layer = tokens * width * (14 * config.hidden_size + 5 * inner)  # what one decoder layer keeps for its backward pass
+    kept = tokens * width * config.hidden_size if s.gradient_checkpointing else layer
+    gib = {"weights": model.frozen * (2 if start.reference == "copy" else 1), "gradients": 4 * model.trained,
+           "adapter": 4 * model.trained * (2 if start.reference == "adapter" else 1),
+           "optimizer": model.trained * (2 if "8bit" in str(s.optim) else 8)}  # fmt: skip
+    gib = {name: value / 2**30 for name, value in gib.items()}
+    disk = ((s.save_total_limit or 1) * 3 + 1) * 4 * model.trained / 2**30 + s.merge * model.frozen / 2**30
+    goal = " + ".join(f"{w:g} x {OBJECTIVES[t]}" for t, w in zip(s.loss_type, s.loss_weights or [1] * len(s.loss_type)))
+    goal += "; equals sigmoid, as label_smoothing is 0" if s.loss_type == ["robust"] and not s.label_smoothing else ""
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type
+    quantiles = {k: np.quantile(v, [0.05, 0.5, 0.95, 1]).astype(int).tolist() for k, v in lengths.items()}
     short = {
-        "policy": f"{s.model_name_or_path}, {total:,} weights in {'4-bit' if s.load_in_4bit else s.dtype}, {trained:,} trainable "
-                  f"({100 * trained / total:.2f}%)",
-        "reference": start.text,
-        "objective": f"{objective}, beta {s.beta:g}",
-        "pairs": f"{len(train):,} to train, {len(held_out) if held_out is not None else 0:,} held out, max_length {s.max_length}",
+        "policy": f"{s.model_name_or_path}, {model.total:,} weights in {'4-bit' if s.load_in_4bit else s.dtype}, "
+                  f"{model.trained:,} trainable ({model.trained / model.total:.2%})",
+        "reference": start.told,
+        "objective": f"{goal.removeprefix('1 x ')}, beta {s.beta:g}",
+        "pairs": f"{len(train):,} to train, {len(held_out or []):,} held out, max_length {s.max_length}",
         "batch": f"{s.global_batch_size} pairs = {size} per device x {s.gradient_accumulation_steps} accumulation x "
                  f"{args.world_size} process{'es' * (args.world_size > 1)} on {device}",
         "steps": f"{s.planned_steps:,}, learning rate {s.learning_rate:g}, {s.lr_scheduler_type}",
-        "prefixes": "shared, and no padding" if reason is None else f"not shared: {reason}",
+        "prefixes": f"not shared: {model.reason}" if model.reason else "shared, and no padding",
         "output": s.output_dir,
     }  # fmt: skip
-    long = {"tokens": "5%, median, 95%, longest: " + ", ".join(
-                f"{name} {np.quantile(v, [0.05, 0.5, 0.95, 1]).astype(int).tolist()}" for name, v in lengths.items()),
-            "per epoch": f"{needed.sum():,} tokens with shared prefixes, {padded:,} in padded rows, {padded / needed.sum():.2f} times as many",
-            "memory": ", ".join(f"{k} {v:.2f}" for k, v in gib.items()) + f" = {sum(gib.values()):.2f} GiB, exact on one unsharded device; "
-                      f"activations add about {kept / 2**30:.2f} GiB (an estimate, for the longest batch)",
-            "disk": f"{disk:.2f} GiB in {s.output_dir}"}  # fmt: skip
+    long = {
+        "tokens": "5%, median, 95%, longest: " + ", ".join(f"{name} {values}" for name, values in quantiles.items()),
+        "per epoch": f"{needed.sum():,} tokens with shared prefixes, {padded:,} in padded rows ({padded / needed.sum():.2f} x)",
+        "memory": ", ".join(f"{k} {v:.2f}" for k, v in gib.items()) + f" = {sum(gib.values()):.2f} GiB, exact on one device; "
+                  f"activations add some {(config.num_hidden_layers * kept + 2 * layer) / 2**30:.2f} GiB (an estimate)",
+        "disk": f"{disk:.2f} GiB in {s.output_dir}",
+    }  # fmt: skip
     return [f"{k:>10}  {v}" for k, v in short.items()], [f"{k:>10}  {v}" for k, v in long.items()]
 
 
@@ -1223,7 +1220,7 @@ class Report(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.first_step, self.begun = state.global_step, time.time()
         if state.global_step:
-            self.trainer.restore_meters(self.folder / f"checkpoint-{state.global_step}")
+            self.trainer.restore_averages(self.folder / f"checkpoint-{state.global_step}")
         for i in range(len(state.log_history)):  # what was said before the interruption is not said again
             self.advice = advise(state.log_history[: i + 1], self.s) | self.advice
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True,
@@ -1279,36 +1276,36 @@ class Report(TrainerCallback):
 
 
 def draw_rewards(history: list[dict], s: argparse.Namespace, path: Path) -> None:
-    """rewards.png: rewards with the margin between them, accuracies, loss; styles tell the lines apart, not colours alone."""
+    """rewards.png: rewards with the margin between them, accuracies, loss; styles tell lines apart, not colours alone."""
+    train, held_out = (pd.DataFrame([row for row in history if key in row]) for key in ("loss", "eval_loss"))
     figure = Figure(figsize=(13, 4), layout="constrained")
     rewards, accuracies, losses = figure.subplots(1, 3)
-    train, held_out = [row for row in history if "loss" in row], [row for row in history if "eval_loss" in row]
-    steps, eval_steps = [row["step"] for row in train], [row["step"] for row in held_out]
-
-    def column(rows, key):
-        return np.array([row[key] for row in rows], dtype=float)
-
-    for name, colour, style, marker in (("chosen", "C0", "-", "o"), ("rejected", "C3", "--", "s")):
-        rewards.plot(steps, column(train, f"rewards/{name}"), style, color=colour, lw=2, label=name)
-        rewards.plot(eval_steps, column(held_out, f"eval_rewards/{name}"), marker, color=colour, mec="k", label=f"{name}, held-out")
-    rewards.fill_between(steps, column(train, "rewards/chosen"), column(train, "rewards/rejected"), color="0.88", label="margin")
-    smooth = column(train, "rewards/accuracies")
-    for i in range(2, len(smooth)):  # not from the first line: at step 1 all are ties, which count as wrong
-        smooth[i] = 0.7 * smooth[i - 1] + 0.3 * smooth[i]
-    accuracies.plot(steps, smooth, color="C0", lw=2, label="train, smoothed")
-    middle, low, high = (column(held_out, f"eval_rewards/accuracies{end}") for end in ("", "_low", "_high"))
-    accuracies.errorbar(eval_steps, middle, np.abs([middle - low, high - middle]), fmt="ko", capsize=3, label="held-out, 95% interval")
+    for name, colour, line, marker in (("chosen", "C0", "-", "o"), ("rejected", "C3", "--", "s")):
+        rewards.plot(train["step"], train[f"rewards/{name}"], line, color=colour, lw=2, label=name)
+        if len(held_out):
+            label = f"{name}, held-out"
+            rewards.plot(held_out["step"], held_out[f"eval_rewards/{name}"], marker, color=colour, mec="k", label=label)
+    rewards.fill_between(train["step"], train["rewards/chosen"], train["rewards/rejected"], color="0.88", label="margin")
+    later = train[train["rewards/margins"] != 0]  # until the first update all pairs tie, which counts as wrong
+    smooth = later["rewards/accuracies"].ewm(alpha=0.3).mean()
+    accuracies.plot(later["step"], smooth, color="C0", lw=2, label="train, smoothed")
     accuracies.axhline(0.5, color="0.5", ls=":", label="chance")
     accuracies.set_ylim(0, 1.03)
-    losses.plot(steps, column(train, "loss"), color="C0", lw=2, label="train")
-    losses.plot(eval_steps, column(held_out, "eval_loss"), "ko", label="held-out")
+    losses.plot(train["step"], train["loss"], color="C0", lw=2, label="train")
+    if len(held_out):
+        middle, low, high = (held_out[f"eval_rewards/accuracies{end}"] for end in ("", "_low", "_high"))
+        bars = np.clip([middle - low, high - middle], 0, 1)
+        accuracies.errorbar(held_out["step"], middle, bars, fmt="ko", capsize=3, label="held-out, 95% interval")
+        losses.plot(held_out["step"], held_out["eval_loss"], "ko", label="held-out")
     if s.loss_type == ["sigmoid"]:
         losses.axhline(LN2, color="0.5", ls=":", label="ln 2: policy = reference")
-    for axes, title in ((rewards, "rewards/chosen, rewards/rejected"), (accuracies, "rewards/accuracies"), (losses, "loss")):
+    titles = ("rewards/chosen, rewards/rejected", "rewards/accuracies", "loss")
+    for axes, title in zip((rewards, accuracies, losses), titles):
         axes.set(title=title, xlabel="optimizer step")
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
-    figure.suptitle(f"DPO: {Path(s.model_name_or_path).name} on {Path(s.dataset_name).name}, beta {s.beta:g}, learning rate {s.learning_rate:g}")
+    names = f"{Path(s.model_name_or_path).name} on {Path(s.dataset_name).name}"
+    figure.suptitle(f"DPO: {names}, beta {s.beta:g}, learning rate {s.learning_rate:g}")
     figure.savefig(f"{path}.tmp", format="png", dpi=110)
     os.replace(f"{path}.tmp", path)
 
@@ -1428,19 +1425,22 @@ def settings_yaml(s: argparse.Namespace) -> str:
         {name: value for name, value in vars(s).items() if name not in skipped}, sort_keys=True, allow_unicode=True)  # fmt: skip
 
 
-def open_output(s: argparse.Namespace) -> FileLock | None:
+def open_output(s: argparse.Namespace) -> FileLock | nullcontext:
     """Lock output_dir, and leave alone what another run, or no run of this program, has left there."""
     folder, settings = Path(s.output_dir), Path(s.output_dir, "settings.yaml")
-    if not is_main():
-        return None
-    if s.overwrite and folder.exists() and not is_locked(folder):
-        say(f"{folder} was moved to {set_aside(folder, f'{folder.name}-old')}")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"output_dir={folder}: another run is writing there; wait for it, or choose another output_dir") from None
+    if s.dry_run or not is_main():
+        return nullcontext()
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"output_dir={folder}: another run is writing there; wait, or choose another output_dir") from None
+        if not s.overwrite or all(path.name == ".lock" for path in folder.iterdir()):
+            break
+        lock.release()
+        say(f"the earlier run was moved to {set_aside(folder, f'{folder.name}-old')}")
     ways = "choose another output_dir, or `--overwrite true`, which moves the old one aside"
     if settings.exists():
         before, now = yaml.safe_load(settings.read_text(encoding="utf-8")), yaml.safe_load(settings_yaml(s))
@@ -1537,36 +1537,38 @@ def run(argv: list[str]) -> int:
     warnings.simplefilter("ignore", FutureWarning)  # of the pinned libraries among themselves
     s, problems = parse_settings(argv)
     problems, machine = problems + check_settings(s), check_machine(s)
-    if problems or machine and not s.dry_run:
+    if problems or (machine and not s.dry_run):
         raise UserError("\n".join(problems + machine))
-    lock = None if s.dry_run else open_output(s)
-    if not s.dry_run and Path(s.output_dir, "adapter_config.json").exists():
-        say(f"{s.output_dir} holds this run, finished: nothing to do (`--overwrite true` starts afresh)")
-        return 0
-    try:  # builds the process group, so it comes after every check
-        args = DPOConfig(**{f.name: getattr(s, f.name) for f in fields(DPOConfig) if f.init and f.name != "precompute_ref_log_probs"})
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"settings: {error}") from error
-    start = load_start(s)
-    train, held_out, counts = load_preferences(s, start.tokenizer)
-    args.eval_strategy = args.eval_strategy if held_out is not None else IntervalStrategy.NO
-    per_epoch = math.ceil(math.ceil(len(train) / s.per_device_train_batch_size / args.world_size) / s.gradient_accumulation_steps)
-    s.planned_steps = s.max_steps if s.max_steps > 0 else math.ceil(s.num_train_epochs * per_epoch)
-    short, long = make_plan(s, args, start, train, held_out)
-    say(format_report(counts), *short)
-    if s.dry_run:
-        say(*long, describe_pair(start.tokenizer, train[0], s.max_length))
-        if machine:
-            raise UserError("\n".join(machine))
-        return 0
-    if is_main():
-        write_file(Path(s.output_dir, "settings.yaml"), settings_yaml(s))
-    train_policy(s, build_trainer(s, args, start, train, held_out), start)
+    with open_output(s):
+        if not s.dry_run and Path(s.output_dir, "adapter_config.json").exists():
+            say(f"{s.output_dir} holds this run, finished: nothing to do (`--overwrite true` starts afresh)")
+            return 0
+        try:  # joins the process group, so it comes after every check
+            names = [f.name for f in fields(DPOConfig) if f.init and f.name != "precompute_ref_log_probs"]
+            args = DPOConfig(**{name: getattr(s, name) for name in names})
+        except (ValueError, TypeError, ImportError) as error:
+            raise UserError(f"settings: {error}") from error
+        start = load_start(s)
+        train, held_out, counts = load_preferences(s, start.tokenizer)
+        args.eval_strategy = args.eval_strategy if held_out is not None else IntervalStrategy.NO
+        passes = math.ceil(len(train) / s.per_device_train_batch_size / args.world_size)
+        epoch = math.ceil(passes / s.gradient_accumulation_steps)
+        s.planned_steps = s.max_steps if s.max_steps > 0 else math.ceil(s.num_train_epochs * epoch)
+        short, long = make_plan(s, args, start, train, held_out)
+        say(format_report(counts), *short)
+        if s.dry_run:
+            say(*long, describe_pair(start.tokenizer, train[0], s.max_length))
+            if machine:
+                raise UserError("\n".join(machine))
+            return 0
+        if is_main():
+            write_file(Path(s.output_dir, "settings.yaml"), settings_yaml(s))
+        train_policy(s, build_trainer(s, args, start, train, held_out), start)
     return 0
 
 
 def train_policy(s: argparse.Namespace, trainer: PreferenceTrainer, start: argparse.Namespace) -> None:
-    trainer.data_hash = hashlib.blake2b(np.array(trainer.train_dataset["pair_hash"]).tobytes(), digest_size=8).hexdigest()
+    trainer.data_hash = blake2b(np.array(trainer.train_dataset["pair_hash"]).tobytes(), digest_size=8).hexdigest()
     report, interruption = Report(trainer, s), Interruption(trainer)
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
