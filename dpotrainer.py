@@ -66,6 +66,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -165,7 +166,7 @@ RANGES = {  # setting: lowest, highest, usual
     "lora_alpha": (1, 1e6, "lora_r"), "lora_dropout": (0, 0.999, "0"), "max_length": (2, 1e9, "1024 to 4096"),
     "global_batch_size": (1, 1e9, "64"), "per_device_train_batch_size": (1, 1e6, "4"), "per_device_eval_batch_size": (1, 1e6, "4"),
     "eval_pairs": (0, 1e9, "500"), "sample_prompts": (0, 1e6, "8"), "logging_steps": (1e-6, 1e9, "10"),
-    "eval_steps": (1e-6, 1e9, "100"), "save_steps": (1e-6, 1e9, "100"), "max_grad_norm": (0, 1e9, "1"),
+    "eval_steps": (1e-6, 1e9, "100"), "save_steps": (1e-6, 1e9, "100"), "max_grad_norm": (0, 1e9, "1"), "seed": (0, 2**32 - 1, "42"),
 }
 REFUSED = {  # settings that would break a promise of this program: why, and what to do
     "trust_remote_code": "would run code of the model's author; use a model that transformers knows",
@@ -174,12 +175,15 @@ REFUSED = {  # settings that would break a promise of this program: why, and wha
     "auto_find_batch_size": "would change the global batch; a smaller per_device_train_batch_size does not",
     "resume_from_checkpoint": "is decided by what output_dir holds; the same command continues by itself",
     "padding_free": "is ignored by TRL; `share_prefixes: true` pads nothing",
+    "save_only_model": "would leave nothing to resume from; leave it out",
+    "use_liger_kernel": "is deprecated in TRL; leave it out",
     "sync_ref_model": "cannot work with an adapter; leave it out",
 }
 SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}  # the losses that read label_smoothing
 CONFLICTS = (  # setting, when it is wrong, why and what to do
     ("loss_type", lambda s: set(s.loss_type) - set(OBJECTIVES), f"is unknown; one of {', '.join(OBJECTIVES)}"),
-    ("loss_weights", lambda s: len(s.loss_weights or s.loss_type) != len(s.loss_type), "needs one weight per loss_type; add them"),
+    ("loss_weights", lambda s: s.loss_weights and (len(s.loss_weights) != len(s.loss_type) or not all(map(math.isfinite, s.loss_weights))),
+     "must be one number for each loss_type; mend the list"),
     ("label_smoothing", lambda s: s.label_smoothing and not SMOOTHED & set(s.loss_type),
      f"has no effect with this loss_type; one of {', '.join(sorted(SMOOTHED))} uses it, else leave it out"),
     ("label_smoothing", lambda s: "exo_pair" in s.loss_type and not s.label_smoothing, "must be above 0 for exo_pair; try 1e-3"),
@@ -260,7 +264,6 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise UserError(f"--config {path}: {' '.join(str(error).split())}; give a readable YAML file") from None
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: holds no settings; write lines such as `beta: 0.1`")
-    os.environ.update({name: str(value) for name, value in content.pop("env", {}).items()})  # as `trl dpo` does
     return content
 
 
@@ -287,7 +290,10 @@ def parse_settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     names = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
     values = {name: parser.get_default(name) for name in names} | constants | from_file | flags
     for name, value in values.items():  # dictionaries travel as JSON
-        values[name] = json.loads(value) if isinstance(value, str) and value.startswith("{") else value
+        try:
+            values[name] = json.loads(value) if isinstance(value, str) and value.startswith("{") else value
+        except ValueError:
+            problems.append(f"{name}={value}: is no JSON; write {{\"name\": value}}")
     if isinstance(values["lora_target_modules"], list) and len(values["lora_target_modules"]) == 1:
         values["lora_target_modules"] = values["lora_target_modules"][0]  # "all-linear", or a pattern
     return argparse.Namespace(**values, given=set(from_file) | set(flags)), problems
@@ -346,6 +352,8 @@ def check_machine(s: argparse.Namespace) -> list[str]:
     if not s.use_cpu and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
         problems.append(f"{torch.cuda.device_count()} GPUs but one process: `accelerate launch --config_file "
                         "configs/accelerate/ddp.yaml dpotrainer.py` uses all, `CUDA_VISIBLE_DEVICES=0` one")  # fmt: skip
+    unknown = set(np.atleast_1d(s.report_to)) - {"none", "all", *INTEGRATION_TO_CALLBACK}
+    problems += [f"report_to={name}: is unknown; tensorboard, wandb, trackio or none" for name in unknown]
     needed = [name for name in np.atleast_1d(s.report_to) if name in ("tensorboard", "wandb", "trackio")]
     needed += ["bitsandbytes"] if s.load_in_4bit or s.load_in_8bit or "8bit" in str(s.optim) else []
     missing = [name for name in needed if not importlib.util.find_spec(name)]
@@ -745,9 +753,11 @@ def load_start(s: argparse.Namespace) -> argparse.Namespace:
             "copy": f"a second, frozen model ({s.ref_model_name_or_path or name})",
             "adapter": f"a frozen copy of the starting adapter ({name})"}  # fmt: skip
     source = base if path and Path(name).exists() and not Path(name, "tokenizer_config.json").exists() else name
-    tokenizer = fetch("model_name_or_path", AutoTokenizer.from_pretrained, source, trust_remote_code=False)
+    at = {"revision": s.model_revision} if source == s.model_name_or_path else {}
+    tokenizer = fetch("model_name_or_path", AutoTokenizer.from_pretrained, source, trust_remote_code=False, **at)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    config = fetch("model_name_or_path", AutoConfig.from_pretrained, base, trust_remote_code=False)
+    at = at if base == source else {}
+    config = fetch("model_name_or_path", AutoConfig.from_pretrained, base, trust_remote_code=False, **at)
     return argparse.Namespace(base=base, adapter=name if path else None, continues=continues, tokenizer=tokenizer,
                               config=config, reference=kind, told=told[kind])  # fmt: skip
 
@@ -1146,10 +1156,11 @@ def make_plan(s, args, start, train, held_out) -> tuple[list[str], list[str]]:
 # ------------------------------------------------------------------------------------------------------------- insight
 LN2 = math.log(2)  # the sigmoid loss where policy and reference are equal
 RECENT = 5  # log lines that make "now": fewer are noise, more hide a turn
-ADVICE = {  # kind: (when, what to say), in the numbers of `read_history`; beside each threshold, its reason
+# fmt: off
+ADVICE = {  # kind: (when, what to say), in the numbers of `advise`; beside each threshold, its reason
     "flat": (  # 0.01 of margin at beta 0.1 is a tenth of a nat; healthy runs are past it after a quarter of the steps
         lambda n: n["step"] >= 20 and n["done"] >= 0.25 and abs(n["loss"] - LN2) < 0.005 and abs(n["margin"]) < 0.01,
-        "Nothing moves: after {step} of {planned} steps the loss is {loss:.4f} (ln 2 is 0.6931) and the margin {margin:.4f}: "
+        "Nothing moves: after {step} of {planned} steps the loss is {loss:.4f} (ln 2 is 0.6931), the margin {margin:.4f}: "
         "learning_rate {lr:g} is too small for LoRA, or the adapter is frozen; 5e-6 is usual, try ten times yours."),
     "labels": (  # published runs are above 0.65 after a third of the steps; 0.55 is little better than chance
         lambda n: n["step"] >= 20 and n["done"] >= 0.33 and n["accuracy"] < 0.55 and abs(n["margin"]) >= 0.01,
@@ -1157,12 +1168,12 @@ ADVICE = {  # kind: (when, what to say), in the numbers of `read_history`; besid
         "(`--dry_run true`): chosen and rejected may be swapped, mixed, alike, or cut off."),
     "displacement": (  # healthy runs end with the chosen answers at most 20 nats (2 at beta 0.1) less likely
         lambda n: n["margin"] > 0.5 and n["chosen"] / n["beta"] < -25,
-        "rewards/chosen fell to {chosen:.2f} while margins grew to {margin:.2f}: the chosen answers lose likelihood too; raise "
+        "rewards/chosen fell to {chosen:.2f} while margins grew to {margin:.2f}: chosen answers lose likelihood too; raise "
         "beta (now {beta:g}), or add an SFT term: `loss_type: [sigmoid, sft]` with `loss_weights: [1.0, 0.2]`."),
     "overfitting": (  # the best held-out accuracy lies above the 95% interval of the last
         lambda n: n["train_accuracy"] > 0.95 and n["eval_best"] > n["eval_high"],
         "Train accuracies are {train_accuracy:.2f}, but held-out ones fell from {eval_best:.3f} at step {eval_best_step} to "
-        "{eval_last:.3f}: overfitting; stop at that step with `max_steps: {eval_best_step}`, or train fewer epochs."),
+        "{eval_last:.3f}: overfitting; stop at that step (`max_steps: {eval_best_step}`), or train fewer epochs."),
     "divergence": (  # an answer e^200 times likelier or less likely: beta's pull no longer matters
         lambda n: n["nats"] > 200,
         "The policy is {nats:.0f} nats per answer from the reference, too far for beta {beta:g}: raise beta, or lower "
@@ -1173,41 +1184,35 @@ ADVICE = {  # kind: (when, what to say), in the numbers of `read_history`; besid
         "divides by it, or a larger beta (now {beta:g})."),
     "runaway": (  # thirty times ln 2, or answers e^1000 times less likely: nothing of the model is left
         lambda n: n["sigmoid"] and n["loss"] > 20 or n["nats"] > 1000,
-        "Stopped at step {step}: loss {loss:.3g}, {nats:.0f} nats per answer from the reference: learning_rate {lr:g} destroys "
-        "the model, 5e-6 is usual for LoRA. Checkpoints from before are kept."),
+        "Stopped at step {step}: loss {loss:.3g}, {nats:.0f} nats per answer from the reference: learning_rate {lr:g} "
+        "destroys the model, 5e-6 is usual for LoRA. Checkpoints from before are kept."),
     "not finite": (  # raised by the trainer, at the step itself
         lambda n: False,
-        "The {what} is not finite at step {step}: stopped at once, the last checkpoint is kept. Lower learning_rate ({lr:g}), "
-        "raise beta, or train in bf16 instead of fp16."),
-}  # fmt: skip
-
-
-def read_history(history: list[dict], s: argparse.Namespace, length_ratio: float = 0.0) -> dict[str, float]:
-    """The numbers that advice looks at; nan, on which none fires, where the log lines are too few."""
-    train, held_out = [row for row in history if "loss" in row], [row for row in history if "eval_loss" in row]
-
-    def now(key):
-        return float(np.mean([row[key] for row in train[-RECENT:]])) if len(train) >= RECENT else math.nan
-
-    n = {"loss": now("loss"), "margin": now("rewards/margins"), "train_accuracy": now("rewards/accuracies"),
-         "chosen": now("rewards/chosen"), "rejected": now("rewards/rejected"), "length_ratio": length_ratio}  # fmt: skip
-    last, best = (held_out[-1], max(held_out, key=lambda row: row["eval_rewards/accuracies"])) if held_out else ({}, {})
-    n |= {"eval_last": last.get("eval_rewards/accuracies", math.nan), "eval_best_step": best.get("step", 0),
-          "eval_high": last.get("eval_rewards/accuracies_high", math.nan), "sigmoid": s.loss_type == ["sigmoid"],
-          "eval_best": best.get("eval_rewards/accuracies", math.nan), "beta": s.beta, "lr": s.learning_rate}  # fmt: skip
-    n |= {"step": max((row["step"] for row in history), default=0), "planned": s.planned_steps}
-    n["accuracy"] = n["eval_last"] if held_out else n["train_accuracy"]
-    return n | {"done": n["step"] / s.planned_steps, "nats": max(abs(n["chosen"]), abs(n["rejected"])) / s.beta}
+        "The {what} is not finite at step {step}: stopped at once, the last checkpoint is kept. Lower learning_rate "
+        "({lr:g}), raise beta, or train in bf16 instead of fp16."),
+}
+COLUMNS = {"step": "7d", "loss": "8.4f", "rewards/margins": "8.4f", "rewards/accuracies": "11.3f", "rewards/chosen": "8.4f",
+           "rewards/rejected": "9.4f", "learning_rate": "14.2e", "pairs/s": "8.2f"}
+TIMINGS = re.compile("runtime|per_second|flos|preparation_time")  # of one machine: not in metrics.jsonl
+# fmt: on
 
 
 def advise(history: list[dict], s: argparse.Namespace, length_ratio: float = 0.0) -> dict[str, str]:
-    numbers = read_history(history, s, length_ratio)
-    return {kind: text.format(**numbers) for kind, (when, text) in ADVICE.items() if when(numbers)}
-
-
-COLUMNS = {"step": "7d", "loss": "8.4f", "rewards/margins": "8.4f", "rewards/accuracies": "11.3f", "rewards/chosen": "8.4f",
-           "rewards/rejected": "9.4f", "learning_rate": "14.2e", "pairs/s": "8.2f"}  # fmt: skip
-TIMINGS = re.compile("runtime|per_second|flos|preparation_time")  # of one machine: not in metrics.jsonl
+    """{kind: sentence} of the advice that the log lines so far call for; too few lines make nan, on which none fires."""
+    train, held_out = ([row for row in history if key in row] for key in ("loss", "eval_loss"))
+    keys = {"loss": "loss", "margin": "rewards/margins", "chosen": "rewards/chosen", "rejected": "rewards/rejected",
+            "train_accuracy": "rewards/accuracies"}  # fmt: skip
+    enough = len(train) >= RECENT
+    n = {k: float(np.mean([r[key] for r in train[-RECENT:]])) if enough else math.nan for k, key in keys.items()}
+    last = held_out[-1] if held_out else {}
+    best = max(held_out, key=lambda row: row["eval_rewards/accuracies"], default={})
+    n |= {k: last.get(f"eval_rewards/accuracies{end}", math.nan) for k, end in (("eval_last", ""), ("eval_high", "_high"))}
+    n |= {"eval_best": best.get("eval_rewards/accuracies", math.nan), "eval_best_step": best.get("step", 0)}
+    n |= {"beta": s.beta, "lr": s.learning_rate, "sigmoid": s.loss_type == ["sigmoid"], "length_ratio": length_ratio}
+    n |= {"step": max((row["step"] for row in history), default=0), "planned": s.planned_steps}
+    n["accuracy"] = n["eval_last"] if held_out else n["train_accuracy"]
+    n |= {"done": n["step"] / s.planned_steps, "nats": max(abs(n["chosen"]), abs(n["rejected"])) / s.beta}
+    return {kind: text.format(**n) for kind, (when, text) in ADVICE.items() if when(n)}
 
 
 class Report(TrainerCallback):
@@ -1223,13 +1228,12 @@ class Report(TrainerCallback):
             self.trainer.restore_averages(self.folder / f"checkpoint-{state.global_step}")
         for i in range(len(state.log_history)):  # what was said before the interruption is not said again
             self.advice = advise(state.log_history[: i + 1], self.s) | self.advice
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True,
-                        disable=True if args.disable_tqdm or not is_main() else None)  # None: only on a terminal
-        if is_main():  # lines after the checkpoint come again; a line torn by a crash is not whole JSON
-            path = self.folder / "metrics.jsonl"
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.global_step]
-            write_file(path, "".join(f"{line}\n" for line in kept))
+        hidden = True if args.disable_tqdm or not is_main() else None  # None: only on a terminal
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, disable=hidden, dynamic_ncols=True)
+        path = self.folder / "metrics.jsonl"
+        if is_main() and path.exists():  # lines after the checkpoint come again; a line torn by a crash is not whole JSON
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            write_file(path, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= state.global_step))
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
@@ -1244,8 +1248,8 @@ class Report(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not {"loss", "eval_loss"} & set(logs):
             return
-        row = {"step": state.global_step} | {k: v for k, v in logs.items() if not TIMINGS.search(k)}
         if is_main():
+            row = {"step": state.global_step} | {k: v for k, v in logs.items() if not TIMINGS.search(k)}
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             self.show_row(row)
@@ -1255,15 +1259,16 @@ class Report(TrainerCallback):
         self.give(advise(state.log_history, self.s))
 
     def show_row(self, row: dict) -> None:
+        widths = {name: int(re.match(r"\d+", form)[0]) for name, form in COLUMNS.items()}
         if self.rows % 20 == 0:
-            self.bar.write(" ".join(f"{k.split('rewards/')[-1]:>{form.split('.')[0].rstrip('d')}}" for k, form in COLUMNS.items()))
+            self.bar.write(" ".join(f"{name.removeprefix('rewards/'):>{width}}" for name, width in widths.items()))
         shown = {k.removeprefix("eval_"): v for k, v in row.items()}
         if "loss" in row:
             shown["pairs/s"] = self.steps * self.s.global_batch_size / max(self.seconds, 1e-9)
             self.seconds, self.steps = 0.0, 0
-        text = " ".join(f"{shown[k]:{form}}" if k in shown else " " * int(re.match(r"\d+", form)[0]) for k, form in COLUMNS.items())
-        interval = [row.get(f"eval_rewards/accuracies_{end}") for end in ("low", "high")]
-        self.bar.write(text + ("  held-out, accuracies {:.3f} to {:.3f}".format(*interval) if "eval_loss" in row else ""))
+        text = " ".join(f"{shown[k]:{form}}" if k in shown else " " * widths[k] for k, form in COLUMNS.items())
+        ends = [row.get(f"eval_rewards/accuracies_{end}", 0) for end in ("low", "high")]
+        self.bar.write(text + (" held-out, accuracies {:.3f} to {:.3f}".format(*ends) if "eval_loss" in row else ""))
         self.rows += 1
 
     def give(self, advice: dict[str, str]) -> None:
@@ -1384,13 +1389,15 @@ def summarize(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report)
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
-MANIFEST = "manifest.json"  # in each whole checkpoint: its files with their sizes, the data's hash, running averages
-FREE = {  # settings that may differ between a run and its continuation: the result stays the same, up to rounding
+MANIFEST = "manifest.json"  # in each whole checkpoint: its files and their sizes, the data's hash, running averages
+# fmt: off
+FREE = {  # settings in which a run and its continuation may differ: the result stays the same, up to rounding
     "output_dir", "overwrite", "dry_run", "per_device_train_batch_size", "per_device_eval_batch_size", "save_total_limit",
-    "gradient_accumulation_steps", "report_to", "run_name", "disable_tqdm", "log_level", "dataloader_num_workers",
-    "dataset_num_proc", "sample_prompts", "merge", "ddp_timeout", "save_steps", "precompute_ref_log_probs", "share_prefixes",
-    "gradient_checkpointing", "gradient_checkpointing_kwargs", "fsdp", "fsdp_config", "deepspeed", "local_rank", "use_cpu",
-}  # fmt: skip
+    "gradient_accumulation_steps", "report_to", "run_name", "disable_tqdm", "log_level", "dataloader_num_workers", "merge",
+    "dataset_num_proc", "sample_prompts", "ddp_timeout", "save_steps", "precompute_ref_log_probs", "share_prefixes", "fsdp",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "fsdp_config", "deepspeed", "local_rank", "use_cpu",
+}
+# fmt: on
 
 
 def write_file(path: Path, text: str) -> None:
@@ -1405,29 +1412,19 @@ def set_aside(path: Path, name: str) -> str:
     return path.rename(next(target for target in map(path.with_name, names) if not target.exists())).name
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """All files of the manifest are there in full length, and those that can be checked can be read."""
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        for weights in checkpoint.glob("*.safetensors"):
-            with safe_open(weights, "pt"):
-                pass
-        return all((checkpoint / name).stat().st_size == size for name, size in manifest["files"].items())
-    except (OSError, ValueError, SafetensorError):
-        return False
-
-
 def settings_yaml(s: argparse.Namespace) -> str:
     skipped = ("given", "planned_steps", "hub_token", "overwrite", "dry_run", "gradient_accumulation_steps")
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft", "datasets", "accelerate"))
-    return f"# `python dpotrainer.py --config {s.output_dir}/settings.yaml` repeats this run; made with {versions}\n" + yaml.safe_dump(
-        {name: value for name, value in vars(s).items() if name not in skipped}, sort_keys=True, allow_unicode=True)  # fmt: skip
+    packages = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
+    made = ", ".join(f"{name} {version(name)}" for name in packages)
+    values = {name: value for name, value in vars(s).items() if name not in skipped}
+    head = f"# `python dpotrainer.py --config {s.output_dir}/settings.yaml` repeats this run; made with {made}\n"
+    return head + yaml.safe_dump(values, allow_unicode=True)
 
 
 def open_output(s: argparse.Namespace) -> FileLock | nullcontext:
     """Lock output_dir, and leave alone what another run, or no run of this program, has left there."""
-    folder, settings = Path(s.output_dir), Path(s.output_dir, "settings.yaml")
+    folder = Path(s.output_dir).absolute()
+    settings = folder / "settings.yaml"
     if s.dry_run or not is_main():
         return nullcontext()
     while True:
@@ -1436,21 +1433,44 @@ def open_output(s: argparse.Namespace) -> FileLock | nullcontext:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(f"output_dir={folder}: another run is writing there; wait, or choose another output_dir") from None
-        if not s.overwrite or all(path.name == ".lock" for path in folder.iterdir()):
+            raise UserError(f"output_dir={folder}: another run is writing there; wait, or choose another") from None
+        foreign = any(path.name != ".lock" for path in folder.iterdir())
+        if not (s.overwrite and foreign):
             break
         lock.release()
         say(f"the earlier run was moved to {set_aside(folder, f'{folder.name}-old')}")
-    ways = "choose another output_dir, or `--overwrite true`, which moves the old one aside"
-    if settings.exists():
-        before, now = yaml.safe_load(settings.read_text(encoding="utf-8")), yaml.safe_load(settings_yaml(s))
-        names = [name for name in sorted({*before, *now} - FREE) if before.get(name) != now.get(name)]
-        if names:
-            changes = "".join(f"\n  {name}: {before.get(name)} there, {now.get(name)} here" for name in names)
-            raise UserError(f"output_dir={folder}: holds a run with other settings; {ways}{changes}")
-    elif any(path.name != ".lock" for path in folder.iterdir()):
-        raise UserError(f"output_dir={folder}: holds files that are no run of this program; {ways}")
+    before = yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+    now = yaml.safe_load(settings_yaml(s)) if before else {}
+    names = [name for name in sorted({*before, *now} - FREE) if before.get(name) != now.get(name)]
+    if names or (foreign and not before):
+        what = "a run with other settings" if before else "files that are no run of this program"
+        changes = "".join(f"\n  {name}: {before.get(name)} there, {now.get(name)} here" for name in names)
+        raise UserError(f"output_dir={folder}: holds {what}; choose another output_dir, or `--overwrite true`, which moves "
+                        f"the old one aside{changes}")  # fmt: skip
     return lock
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Its manifest, which is written last, is there, and so are all files that it lists, in full length."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return all((checkpoint / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError):
+        return False
+
+
+def resume_point(trainer: PreferenceTrainer, folder: Path) -> str | None:
+    """The newest whole checkpoint, if its pairs are these; others are set aside, so that nothing resumes from them."""
+    for path in map(Path, sort_checkpoints(str(folder))) if is_main() else ():
+        if not is_whole(path):
+            say(f"{path.name} is not whole: renamed to {set_aside(path, f'incomplete-{path.name}')}")
+    trainer.accelerator.wait_for_everyone()
+    newest = next(reversed(sort_checkpoints(str(folder))), None)
+    if newest and json.loads(Path(newest, MANIFEST).read_text(encoding="utf-8"))["data"] != trainer.data_hash:
+        raise UserError(f"dataset_name: its pairs are not those that {newest} was trained on; restore them, choose another "
+                        "output_dir, or `--overwrite true`")  # fmt: skip
+    say(*([f"continuing from {newest}"] if newest else []))
+    return newest
 
 
 class Interruption(TrainerCallback):
@@ -1477,23 +1497,6 @@ class Interruption(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def resume_point(trainer: PreferenceTrainer, folder: Path) -> str | None:
-    """The newest whole checkpoint, if its pairs are these; others are set aside, so that nothing resumes from them."""
-    if is_main():
-        for path in map(Path, sort_checkpoints(str(folder))):
-            if not is_whole(path):
-                say(f"{path.name} is not whole: renamed to {set_aside(path, f'incomplete-{path.name}')}")
-    trainer.accelerator.wait_for_everyone()
-    checkpoints = sort_checkpoints(str(folder))
-    if not checkpoints:
-        return None
-    if json.loads(Path(checkpoints[-1], MANIFEST).read_text(encoding="utf-8"))["data"] != trainer.data_hash:
-        raise UserError(f"dataset_name: its pairs are not those that {checkpoints[-1]} was trained on; restore them, choose another "
-                        "output_dir, or `--overwrite true`")  # fmt: skip
-    say(f"continuing from {checkpoints[-1]}")
-    return checkpoints[-1]
-
-
 def merge_adapter(trainer: PreferenceTrainer, s: argparse.Namespace) -> None:
     """The merged model in OUTPUT_DIR/merged, and how far its logits are from those of adapter plus base."""
     policy, data = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.eval_dataset or trainer.train_dataset
@@ -1502,24 +1505,20 @@ def merge_adapter(trainer: PreferenceTrainer, s: argparse.Namespace) -> None:
         before = torch.stack([policy(row).logits[0, -1].float() for row in rows])
         merged = policy.merge_and_unload()
         after = torch.stack([merged(row).logits[0, -1].float() for row in rows])
-    staged = Path(s.output_dir, "merged.incomplete")
     for part in (merged, trainer.processing_class):
-        part.save_pretrained(staged)
-    staged.rename(staged.with_name("merged"))
-    same = (before.argmax(-1) == after.argmax(-1)).sum()
-    say(f"merged: next-token logits of {len(rows)} prompts differ by {(before - after).abs().max():.2g} at most from adapter plus "
-        f"base, and the likeliest token is the same for {same}")  # fmt: skip
+        part.save_pretrained(Path(s.output_dir, "merged.incomplete"))
+    Path(s.output_dir, "merged.incomplete").rename(Path(s.output_dir, "merged"))
+    say(f"merged: next-token logits of {len(rows)} prompts differ by {(before - after).abs().max():.2g} at most from adapter "
+        f"plus base; the likeliest token is the same for {(before.argmax(-1) == after.argmax(-1)).sum()}")  # fmt: skip
 
 
 def finish(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) -> None:
     """Save the model whole or not at all: the adapter's config, which marks a finished run, comes last."""
     staged = Path(s.output_dir, "final.incomplete")
     trainer.save_model(str(staged))
-    if s.merge and is_sharded():
-        say("not merged: the model is sharded over processes; the last line has the command")
-    elif s.merge and is_main():
-        merge_adapter(trainer, s)
     if is_main():
+        if s.merge and not is_sharded():
+            merge_adapter(trainer, s)
         summary = summarize(trainer, s, report)
         trainer.create_model_card(model_name=Path(s.output_dir).name, dataset_name=s.dataset_name)
         with open(Path(s.output_dir, "README.md"), "a", encoding="utf-8") as card:
@@ -1529,46 +1528,13 @@ def finish(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) ->
             if path.name not in beside:
                 os.replace(path, Path(s.output_dir, path.name))
         shutil.rmtree(staged)
-        say("", summary)
+        say("", summary, *(["not merged: the model is sharded over processes"] if s.merge and is_sharded() else []))
     trainer.accelerator.wait_for_everyone()
 
 
-def run(argv: list[str]) -> int:
-    warnings.simplefilter("ignore", FutureWarning)  # of the pinned libraries among themselves
-    s, problems = parse_settings(argv)
-    problems, machine = problems + check_settings(s), check_machine(s)
-    if problems or (machine and not s.dry_run):
-        raise UserError("\n".join(problems + machine))
-    with open_output(s):
-        if not s.dry_run and Path(s.output_dir, "adapter_config.json").exists():
-            say(f"{s.output_dir} holds this run, finished: nothing to do (`--overwrite true` starts afresh)")
-            return 0
-        try:  # joins the process group, so it comes after every check
-            names = [f.name for f in fields(DPOConfig) if f.init and f.name != "precompute_ref_log_probs"]
-            args = DPOConfig(**{name: getattr(s, name) for name in names})
-        except (ValueError, TypeError, ImportError) as error:
-            raise UserError(f"settings: {error}") from error
-        start = load_start(s)
-        train, held_out, counts = load_preferences(s, start.tokenizer)
-        args.eval_strategy = args.eval_strategy if held_out is not None else IntervalStrategy.NO
-        passes = math.ceil(len(train) / s.per_device_train_batch_size / args.world_size)
-        epoch = math.ceil(passes / s.gradient_accumulation_steps)
-        s.planned_steps = s.max_steps if s.max_steps > 0 else math.ceil(s.num_train_epochs * epoch)
-        short, long = make_plan(s, args, start, train, held_out)
-        say(format_report(counts), *short)
-        if s.dry_run:
-            say(*long, describe_pair(start.tokenizer, train[0], s.max_length))
-            if machine:
-                raise UserError("\n".join(machine))
-            return 0
-        if is_main():
-            write_file(Path(s.output_dir, "settings.yaml"), settings_yaml(s))
-        train_policy(s, build_trainer(s, args, start, train, held_out), start)
-    return 0
-
-
 def train_policy(s: argparse.Namespace, trainer: PreferenceTrainer, start: argparse.Namespace) -> None:
-    trainer.data_hash = blake2b(np.array(trainer.train_dataset["pair_hash"]).tobytes(), digest_size=8).hexdigest()
+    hashes = np.array(trainer.train_dataset["pair_hash"])
+    trainer.data_hash = blake2b(hashes.tobytes(), digest_size=8).hexdigest()
     report, interruption = Report(trainer, s), Interruption(trainer)
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
@@ -1578,8 +1544,8 @@ def train_policy(s: argparse.Namespace, trainer: PreferenceTrainer, start: argpa
         cache_reference(trainer, s, start)
     trainer.train(resume_from_checkpoint=resume_point(trainer, Path(s.output_dir)))
     if interruption.signal:
-        raise UserError(f"interrupted and saved at step {trainer.state.global_step}; the same command continues",
-                        status=128 + interruption.signal)  # fmt: skip
+        text = f"interrupted and saved at step {trainer.state.global_step}; the same command continues"
+        raise UserError(text, status=128 + interruption.signal)
     last = [row["step"] for row in trainer.state.log_history if "eval_loss" in row][-1:]
     if trainer.eval_dataset is not None and last != [trainer.state.global_step]:
         trainer.evaluate()
@@ -1587,18 +1553,69 @@ def train_policy(s: argparse.Namespace, trainer: PreferenceTrainer, start: argpa
     finish(trainer, s, report)
 
 
-def main(argv: list[str] | None = None) -> int:
+def settle(build, *args, **kwargs):
+    """build(...), with what the libraries themselves refuse in the settings told as our error."""
     try:
-        return run(sys.argv[1:] if argv is None else argv)
+        return build(*args, **kwargs)
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        raise UserError(f"settings: {' '.join(str(error).split())}") from error
+
+
+def prepare(s: argparse.Namespace) -> tuple:
+    """Process group, tokenizer, pairs and plan: (arguments, start, train, held-out); the plan is printed."""
+    names = [f.name for f in fields(DPOConfig) if f.init and f.name != "precompute_ref_log_probs"]
+    args = settle(DPOConfig, **{name: getattr(s, name) for name in names})  # joins the process group
+    start = load_start(s)
+    train, held_out, counts = load_preferences(s, start.tokenizer)
+    args.eval_strategy = args.eval_strategy if held_out is not None else IntervalStrategy.NO
+    passes = math.ceil(len(train) / s.per_device_train_batch_size / args.world_size)
+    epoch = math.ceil(passes / s.gradient_accumulation_steps)
+    s.planned_steps = s.max_steps if s.max_steps > 0 else math.ceil(s.num_train_epochs * epoch)
+    short, long = settle(make_plan, s, args, start, train, held_out)
+    say(format_report(counts), *short)
+    say(*([*long, describe_pair(start.tokenizer, train[0], s.max_length)] if s.dry_run else []))
+    return args, start, train, held_out
+
+
+def run(argv: list[str]) -> None:
+    warnings.simplefilter("ignore", FutureWarning)  # of the pinned libraries among themselves
+    s, problems = parse_settings(argv)
+    problems, machine = problems + check_settings(s), check_machine(s)
+    if problems or (machine and not s.dry_run):
+        raise UserError("\n".join(problems + machine))
+    with open_output(s):
+        if not s.dry_run and Path(s.output_dir, "adapter_config.json").exists():
+            say(f"{s.output_dir} holds this run, finished: nothing to do (`--overwrite true` starts afresh)")
+            return
+        try:
+            args, start, train, held_out = prepare(s)
+            trainer = None if s.dry_run else settle(build_trainer, s, args, start, train, held_out)
+        except UserError:
+            if not s.dry_run and is_main() and os.listdir(s.output_dir) == [".lock"]:
+                shutil.rmtree(s.output_dir)  # a refused start leaves nothing behind
+            raise
+        if trainer is not None:
+            if is_main():
+                write_file(Path(s.output_dir, "settings.yaml"), settings_yaml(s))
+            train_policy(s, trainer, start)
+        elif machine:
+            raise UserError("\n".join(machine))
+
+
+def main(argv: list[str] | None = None) -> int:
+    status = 1
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+        return 0
     except UserError as error:
         message, status = str(error), error.status
     except torch.OutOfMemoryError:
-        message, status = ("out of GPU memory: halve per_device_train_batch_size (the result stays the same), turn gradient_checkpointing "
-                           "on, lower max_length, or use configs/qwen3_8b_qlora.yaml"), 1  # fmt: skip
+        message = ("out of GPU memory: halve per_device_train_batch_size (the result stays the same), turn "
+                   "gradient_checkpointing on, lower max_length, or use configs/qwen3_8b_qlora.yaml")  # fmt: skip
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        message, status = f"{error}: make room on the disk, then run the same command again", 1
+        message = f"{error}: make room on the disk, then run the same command again"
     if is_main():
         print(f"dpotrainer: {message}", file=sys.stderr, flush=True)
     return status

@@ -1,0 +1,463 @@
+"""Constants, YAML and flags: what wins, what is refused, what is said, and that a refused start leaves nothing."""
+
+import importlib.util
+import inspect
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+import dpotrainer
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return tiny.make_model(folder / "model"), tiny.make_pairs(folder / "pairs.jsonl", 30)
+
+
+@pytest.fixture
+def flags(inputs, tmp_path):
+    """Good flags; what a test adds comes later and wins. output_dir is tmp_path/out."""
+    return tiny.settings(*inputs, tmp_path / "out")
+
+
+@pytest.fixture
+def refuse(flags, capsys, monkeypatch, tmp_path):
+    """refuse(*more flags) -> the message; status 2, nothing printed beside it, nothing written, no network touched."""
+
+    def no_network(*args):
+        raise AssertionError("reached for the network")
+
+    def start(*more, program=dpotrainer, good=flags):
+        before = tiny.tree(tmp_path)
+        monkeypatch.setattr(socket.socket, "connect", no_network)
+        capsys.readouterr()
+        assert program.main([*good, *map(str, more)]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and "Traceback" not in err and err.startswith("dpotrainer: ")
+        assert tiny.tree(tmp_path) == before and not (tmp_path / "out").exists()
+        return err
+
+    return start
+
+
+@pytest.fixture
+def plan(flags, capsys):
+    """plan(*more flags) -> the lines of a dry run, which show the settings as they were resolved."""
+
+    def start(*more, program=dpotrainer, good=flags):
+        status = program.main([*good, "--dry_run", "true", *map(str, more)])
+        out, err = capsys.readouterr()
+        assert status == 0, err
+        return out
+
+    return start
+
+
+def edit_constants(folder, **lines):
+    """A copy of the program with other lines at its top, {constant: the whole new line}, as a module."""
+    source = tiny.PROGRAM.read_text(encoding="utf-8")
+    for name, line in lines.items():
+        source, count = re.subn(rf"^{name} = .*$", line, source, count=1, flags=re.MULTILINE)
+        assert count == 1
+    path = folder / "dpotrainer.py"
+    path.write_text(source, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(f"edited_{time.monotonic_ns()}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_yaml(path, **values):
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+# ----------------------------------------------------------------------------------------------- which layer wins
+def test_flags_win_over_yaml_and_yaml_over_constants(tmp_path, plan):
+    program, file = edit_constants(tmp_path, BETA="BETA = 0.31"), write_yaml(tmp_path / "my.yaml", beta=0.32)
+    assert ", beta 0.1\n" in plan()
+    assert ", beta 0.31\n" in plan(program=program)
+    assert ", beta 0.32\n" in plan("--config", file, program=program)
+    assert ", beta 0.32\n" in plan(f"--config={file}", program=program)
+    assert ", beta 0.33\n" in plan("--config", file, "--beta", "0.33", program=program)
+    assert ", beta 0.33\n" in plan("--beta=0.33", "--config", file, program=program)
+
+
+def test_every_constant_reaches_its_setting(tmp_path):
+    changed = {"MODEL_NAME": "m", "DATASET_NAME": "d", "OUTPUT_DIR": "o", "LOSS_TYPE": "ipo", "LR_SCHEDULER_TYPE": "linear",
+               "DTYPE": "float32", "BF16": False, "GRADIENT_CHECKPOINTING": False, "LORA_DROPOUT": 0.25}  # fmt: skip
+    changed |= {name: 7 for name in dpotrainer.CONSTANTS if name not in changed}
+    lines = {name: f"{name} = {value!r}  # edited" for name, value in changed.items()}
+    settings, problems = edit_constants(tmp_path, **lines).parse_settings([])
+    assert problems == []
+    resolved = {name: getattr(settings, setting) for name, setting in dpotrainer.CONSTANTS.items()}
+    assert resolved == changed | {"LOSS_TYPE": ["ipo"]}
+
+
+def test_the_constants_as_shipped_are_good(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings, problems = dpotrainer.parse_settings([])
+    assert problems == [] and dpotrainer.check_settings(settings) == []
+
+
+def test_a_list_of_losses_in_each_layer(tmp_path, plan):
+    program = edit_constants(tmp_path, LOSS_TYPE='LOSS_TYPE = ["sigmoid", "sft"]')
+    assert "DPO" in plan(program=program) and "cross-entropy" in plan(program=program)
+    file = write_yaml(tmp_path / "my.yaml", loss_type=["hinge", "sft"], loss_weights=[0.5, 0.25])
+    out = plan("--config", file)
+    assert "0.5 x hinge" in out and "0.25 x cross-entropy" in out
+
+
+# --------------------------------------------------------------------------------------------- names and types
+def test_a_misspelt_constant_is_refused(tmp_path, refuse):
+    message = refuse(program=edit_constants(tmp_path, BETA="BETTA = 0.1"))
+    assert "BETTA" in message and "did you mean beta?" in message.lower()
+
+
+def test_a_constant_too_many_is_refused(tmp_path, refuse):
+    assert "MAX_LENGHT" in refuse(program=edit_constants(tmp_path, BETA="BETA = 0.1\nMAX_LENGHT = 3"))
+
+
+@pytest.mark.parametrize("wrong, right", [("betta", "beta"), ("lora-alfa", "lora_alpha"), ("maxlength", "max_length")])
+def test_a_misspelt_setting_is_refused_with_the_closest(wrong, right, tmp_path, refuse):
+    assert f"did you mean {right}?" in refuse(f"--{wrong}", "8")
+    message = refuse("--config", write_yaml(tmp_path / "my.yaml", **{wrong: 8}))
+    assert wrong in message and f"did you mean {right}?" in message and "my.yaml" in message
+
+
+@pytest.mark.parametrize("short", ["--bet", "--model_name", "--learning_rat", "--conf", "-b"])
+def test_abbreviations_are_refused(short, refuse):
+    assert repr(short) in refuse(short, "0.2")
+
+
+@pytest.mark.parametrize("words", [["stray"], ["--beta", "0.1", "0.2"], ["--beta"], ["--=3"], ["--", "x"]])
+def test_stray_words_are_refused(words, refuse):
+    refuse(*words)
+
+
+@pytest.mark.parametrize("name, value", [("beta", "a lot"), ("beta", True), ("beta", [0.1, 0.2]), ("max_length", 10.5),
+                                         ("bf16", "perhaps"), ("dtype", "float8"), ("lr_scheduler_type", "cosinus"),
+                                         ("reference", "none"), ("loss_type", []), ("lora_r", {"a": 1})])  # fmt: skip
+def test_a_wrong_type_in_yaml_is_refused(name, value, tmp_path, refuse):
+    assert name in refuse("--config", write_yaml(tmp_path / "my.yaml", **{name: value}))
+
+
+def test_a_wrong_type_in_a_constant_is_refused(tmp_path, refuse):
+    message = refuse(program=edit_constants(tmp_path, BETA='BETA = "a lot"'))
+    assert "beta" in message and "a lot" in message
+
+
+@pytest.mark.parametrize("text", ["beta: [0.1", "\tbeta: 1", "- beta\n- 0.1\n", "beta 0.1", "", "3", "a: &a [*a]"])
+def test_yaml_that_is_no_mapping_is_refused(text, tmp_path, refuse):
+    file = tmp_path / "my.yaml"
+    file.write_text(text)
+    assert "my.yaml" in refuse("--config", file)
+
+
+def test_a_config_that_cannot_be_read_is_refused(tmp_path, refuse):
+    assert "nowhere.yaml" in refuse("--config", tmp_path / "nowhere.yaml")
+    assert str(tmp_path) in refuse("--config", tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00beta")
+    assert "binary.yaml" in refuse("--config", tmp_path / "binary.yaml")
+
+
+def all_settings() -> list[str]:
+    return [name for name in vars(dpotrainer.parse_settings([])[0]) if name != "given"]
+
+
+@pytest.mark.parametrize("value", ["@@", "-1", "", "[", "{", "{}", "nan", "None"])
+def test_no_value_of_any_setting_ends_in_a_traceback(value):
+    """All settings at once; parsing may list problems, or raise the error that main turns into a message."""
+    words = [f"--{name}={value}" for name in all_settings()]
+    try:
+        dpotrainer.parse_settings(words)
+    except dpotrainer.UserError as error:
+        assert str(error)
+
+
+def test_null_for_any_setting_is_taken_or_refused(tmp_path):
+    for name in all_settings():
+        try:
+            settings, problems = dpotrainer.parse_settings(["--config", str(write_yaml(tmp_path / "n.yaml", **{name: None}))])
+            problems += dpotrainer.check_settings(settings)
+        except dpotrainer.UserError as error:
+            problems = [str(error)]
+        except Exception as error:
+            raise AssertionError(f"{name}: null gives {error!r}") from error
+        assert all(name in problem for problem in problems)
+
+
+# --------------------------------------------------------------------------------------------- values that are refused
+@pytest.mark.parametrize("name", dpotrainer.RANGES)
+def test_every_range_is_checked(name, refuse):
+    low, high, _ = dpotrainer.RANGES[name]
+    is_whole = isinstance(getattr(dpotrainer.parse_settings([])[0], name), int)
+    values = [low - 1, 10 * high + 1]
+    for value in [int(v) for v in values] if is_whole else [*values, "nan", "inf"]:
+        message = refuse(f"--{name}={value}", "--loss_type", "robust")
+        assert message.startswith(f"dpotrainer: {name}=") and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--beta=0", "--beta=-0.1", "--num_train_epochs=0", "--label_smoothing=0.5", "--lora_r=0",
+                                  "--learning_rate=0", "--max_length=1", "--global_batch_size=0", "--eval_pairs=-1",
+                                  "--logging_steps=0", "--seed=-1", "--lora_dropout=1"])  # fmt: skip
+def test_values_that_the_issue_names_are_refused(flag, refuse):
+    more = ["--loss_type", "robust"] if "smoothing" in flag else []
+    assert flag.removeprefix("--").split("=")[0] in refuse(flag, *more)
+
+
+CLASHES = [  # setting, flags that make it clash, the environment that goes with them
+    ("loss_type", ["--loss_type", "sigmoid", "typo"], {}),
+    ("loss_weights", ["--loss_weights", "1", "2"], {}),
+    ("loss_weights", ["--loss_type", "sigmoid", "sft", "--loss_weights", "1", "nan"], {}),
+    ("label_smoothing", ["--label_smoothing", "0.1"], {}),
+    ("label_smoothing", ["--loss_type", "hinge", "ipo", "--label_smoothing", "0.1"], {}),
+    ("label_smoothing", ["--loss_type", "exo_pair"], {}),
+    ("discopop_tau", ["--discopop_tau", "0.1"], {}),
+    ("ref_model_name_or_path", ["--ref_model_name_or_path", "some/model"], {}),
+    ("sync_ref_model", ["--sync_ref_model", "true"], {}),
+    ("use_peft", ["--use_peft", "false"], {}),
+    ("merge", ["--merge", "true", "--load_in_4bit", "true"], {}),
+    ("merge", ["--merge", "true", "--load_in_8bit", "true"], {}),
+    ("precompute_ref_log_probs", ["--precompute_ref_log_probs", "true"], {"ACCELERATE_USE_FSDP": "true"}),
+    ("precompute_ref_log_probs", ["--precompute_ref_log_probs", "true"], {"ACCELERATE_USE_DEEPSPEED": "true"}),
+    ("bf16", ["--bf16", "true", "--fp16", "true"], {}),
+    ("padding_free", ["--padding_free", "true"], {}),
+    ("truncation_mode", ["--truncation_mode", "keep_end"], {}),
+    ("train_sampling_strategy", ["--train_sampling_strategy", "batch_rebalance"], {}),
+    ("trust_remote_code", ["--trust_remote_code", "true"], {}),
+    ("hub_token", ["--hub_token", "hf_secret"], {}),
+    ("dataset_streaming", ["--dataset_streaming", "true"], {}),
+    ("auto_find_batch_size", ["--auto_find_batch_size", "true"], {}),
+    ("resume_from_checkpoint", ["--resume_from_checkpoint", "x"], {}),
+    ("save_only_model", ["--save_only_model", "true"], {}),
+]
+
+
+@pytest.mark.parametrize("name, words, variables", CLASHES, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_settings_that_clash_are_refused(name, words, variables, refuse, monkeypatch):
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    message = refuse(*words)
+    assert re.search(rf"^(dpotrainer: )?{name}[= ]", message, flags=re.MULTILINE)
+    assert "; " in message, "the fix is missing"
+
+
+def test_every_clash_of_the_program_is_tried_here(flags, monkeypatch):
+    fired = set()
+    for _, words, variables in CLASHES:
+        with monkeypatch.context() as patch:
+            for variable, value in variables.items():
+                patch.setenv(variable, value)
+            settings, _ = dpotrainer.parse_settings([*flags, *words])
+            fired |= {i for i, (_, wrong, _) in enumerate(dpotrainer.CONFLICTS) if wrong(settings)}
+    assert fired == set(range(len(dpotrainer.CONFLICTS)))
+
+
+def test_a_token_is_not_repeated_in_the_message(refuse):
+    assert "hf_secret" not in refuse("--hub_token", "hf_secret")
+
+
+@pytest.mark.parametrize("name", ["model_name_or_path", "dataset_name", "ref_model_name_or_path"])
+@pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "~/nowhere", "two/folders/deep", ""])
+def test_paths_that_do_not_exist_are_refused(name, path, refuse, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert f"{name}={path}: " in refuse(f"--{name}={path}", "--reference", "copy")
+
+
+def test_a_data_file_that_does_not_exist_is_refused(refuse):
+    assert "dataset_name=pairs.jsonl: " in refuse("--dataset_name", "pairs.jsonl")
+
+
+def test_an_output_dir_that_is_or_lies_under_a_file_is_refused(inputs, refuse):
+    for path in (inputs[1], inputs[1] / "deeper" / "still"):
+        message = refuse("--output_dir", path)
+        assert f"output_dir={path}: " in message and "not a folder that can be written" in message
+
+
+def test_an_output_dir_without_the_right_to_write_is_refused(refuse, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    assert f"output_dir={tmp_path / 'out'}: " in refuse()
+
+
+# ------------------------------------------------------------------------------------------------------- the batch
+@pytest.mark.parametrize("world, accumulation", [(1, 16), (2, 8), (8, 2)])
+def test_accumulation_follows_from_the_global_batch(world, accumulation, flags, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    settings, _ = dpotrainer.parse_settings([*flags, "--global_batch_size", "64", "--per_device_train_batch_size", "4"])
+    assert dpotrainer.check_batch(settings) == []
+    assert settings.gradient_accumulation_steps == accumulation and settings.per_device_eval_batch_size == 4
+
+
+@pytest.mark.parametrize("world, total", [(1, 24), (2, 48), (8, 192)])
+def test_a_file_written_for_trl_keeps_its_batch(world, total, inputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    file = write_yaml(tmp_path / "trl.yaml", model_name_or_path=str(inputs[0]), dataset_name=str(inputs[1]), use_peft=True,
+                      per_device_train_batch_size=3, gradient_accumulation_steps=8, learning_rate=5e-6)  # fmt: skip
+    settings, problems = dpotrainer.parse_settings(["--config", str(file)])
+    assert problems == [] and dpotrainer.check_settings(settings) == []
+    assert (settings.gradient_accumulation_steps, settings.global_batch_size) == (8, total)
+
+
+def test_a_batch_that_does_not_divide_names_what_does(refuse, monkeypatch):
+    message = refuse("--global_batch_size", "64", "--per_device_train_batch_size", "6")
+    assert "global_batch_size=64" in message and "[1, 2, 4, 8, 16, 32, 64]" in message
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    message = refuse("--global_batch_size", "64", "--per_device_train_batch_size", "3")
+    assert "8 processes" in message and "[1, 2, 4, 8]" in message
+    assert "a multiple of 8" in refuse("--global_batch_size", "4")
+
+
+def test_a_batch_given_twice_must_agree(refuse, plan):
+    words = ["--global_batch_size", "8", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps"]
+    assert "gradient_accumulation_steps=3" in refuse(*words, "3")
+    assert "8 pairs = 2 per device x 4 accumulation x 1 process" in plan(*words, "4")
+
+
+# --------------------------------------------------------------------------------------------------- the machine
+def test_no_gpu_points_to_the_quickstart(refuse, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = refuse("--use_cpu", "false")
+    assert "no CUDA GPU" in message and "--config configs/quickstart.yaml" in message and message.count("\n") == 1
+
+
+def test_a_dry_run_shows_the_plan_without_a_gpu_and_says_so(flags, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert dpotrainer.main([*flags, "--use_cpu", "false", "--dry_run", "true"]) == 2
+    out, err = capsys.readouterr()
+    assert "24 pairs to train" in out and "<|im_start|>" in out and "no CUDA GPU" in err and not (tmp_path / "out").exists()
+
+
+def pretend_cuda(monkeypatch, gpus=1, bf16=True):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation)
+
+
+def test_bf16_on_a_gpu_without_it_is_refused(refuse, monkeypatch):
+    pretend_cuda(monkeypatch, bf16=False)
+    message = refuse("--use_cpu", "false", "--bf16", "true")
+    assert "bf16" in message and "Tesla T4" in message and "--fp16 true" in message
+
+
+def test_several_gpus_but_one_process_is_refused(refuse, monkeypatch):
+    pretend_cuda(monkeypatch, gpus=4)
+    message = refuse("--use_cpu", "false")
+    assert "4 GPUs" in message and "accelerate launch --config_file configs/accelerate/ddp.yaml" in message
+    assert (tiny.ROOT / "configs/accelerate/ddp.yaml").exists()
+
+
+@pytest.mark.parametrize("words, package", [(["--report_to", "wandb"], "wandb"), (["--report_to", "trackio"], "trackio"),
+                                            (["--report_to", "tensorboard", "wandb"], "tensorboard"),
+                                            (["--load_in_4bit", "true"], "bitsandbytes"),
+                                            (["--load_in_8bit", "true"], "bitsandbytes"),
+                                            (["--optim", "paged_adamw_8bit"], "bitsandbytes")])  # fmt: skip
+def test_a_missing_optional_package_is_named(words, package, refuse, monkeypatch):
+    find = importlib.util.find_spec
+    gone = ("wandb", "trackio", "tensorboard", "bitsandbytes")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in gone else find(name, *a))
+    assert f"pip install {package}" in refuse(*words)
+
+
+# --------------------------------------------------------------------------------------- all at once, in a process
+def test_all_problems_come_in_one_message(tmp_path, inputs):
+    edit_constants(tmp_path, LORA_R="LORA_R = 0", SEED="SEEED = 1")
+    shutil.copy(inputs[1], tmp_path / "pairs.jsonl")
+    file = write_yaml(tmp_path / "my.yaml", learning_rte=1, max_length="long", label_smoothing=0.1)
+    before = tiny.tree(tmp_path)
+    ended = tiny.run_program(["--config", file, "--bet", "0.2", "--dataset_name", "./none", "--trust_remote_code", "true",
+                              "--num_train_epochs=-1"], program=tmp_path / "dpotrainer.py", cwd=tmp_path)  # fmt: skip
+    assert ended.returncode == 2 and ended.stdout == "" and "Traceback" not in ended.stderr
+    for said in ("lora_r=0", "SEEED", "learning_rte", "max_length", "label_smoothing=0.1", "--bet", "./none",
+                 "trust_remote_code", "num_train_epochs=-1"):  # fmt: skip
+        assert said in ended.stderr, said
+    after = {name: text for name, text in tiny.tree(tmp_path).items() if "__pycache__" not in name}
+    assert after == before
+
+
+def test_help_is_quick_and_shows_the_constants_as_defaults():
+    begun = time.monotonic()
+    ended = tiny.run_program(["--help"])
+    assert time.monotonic() - begun < 15
+    assert ended.returncode == 0 and "Traceback" not in ended.stderr
+    text = re.sub(r"\s+", "", ended.stdout)  # lines are broken anywhere
+    for constant, name in dpotrainer.CONSTANTS.items():
+        entry = re.search(rf"--{name}{name.upper()}.*?\(default:(.*?)\)|--{name}\[.*?\(default:(.*?)\)|--{name}\{{.*?\(default:(.*?)\)", text)
+        assert entry and str(getattr(dpotrainer, constant)) in entry.groups(), name
+
+
+# ------------------------------------------------------------------------------------------------------------ the hub
+def test_a_hub_that_cannot_be_reached_is_one_clear_message(flags, capsys):
+    for name in ("model_name_or_path", "dataset_name"):
+        assert dpotrainer.main([*flags, f"--{name}", "nobody/nothing-here"]) == 2
+        err = capsys.readouterr().err
+        message = [line for line in err.splitlines() if "nobody/nothing-here" in line]
+        assert len(message) == 1 and message[0].startswith("dpotrainer: ") and "network" in err
+        assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("error, fix", [
+    ("OSError('You are trying to access a gated repo. 403 Client Error')", "hf auth login"),
+    ("OSError('nobody/nothing is not a valid model identifier')", "spelling"),
+    ("ConnectionError('connection timed out')", "network"),
+    ("OSError('does not appear to have a file named model.safetensors')", "pickled"),
+])  # fmt: skip
+def test_what_the_hub_answers_is_told_with_its_fix(error, fix, flags, capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        raise eval(error)
+
+    monkeypatch.setattr(dpotrainer.AutoConfig, "from_pretrained", fail)
+    assert dpotrainer.main(flags) == 2
+    err = capsys.readouterr().err
+    assert fix in err and "Traceback" not in err
+
+
+def test_weights_in_pickles_are_refused(inputs, flags, tmp_path, capsys):
+    model = shutil.copytree(inputs[0], tmp_path / "pickled")
+    (model / "model.safetensors").unlink()
+    torch.save({}, model / "pytorch_model.bin")
+    assert dpotrainer.main([*flags, "--model_name_or_path", str(model)]) == 2
+    err = capsys.readouterr().err
+    assert "safetensors" in err and "Traceback" not in err
+
+
+# -------------------------------------------------------------------------------------------------- the files beside
+YAMLS = sorted((tiny.ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.name)
+def test_every_config_holds_valid_settings(path, monkeypatch):
+    monkeypatch.chdir(tiny.ROOT)
+    settings, problems = dpotrainer.parse_settings(["--config", str(path)])
+    assert problems == [] and dpotrainer.check_settings(settings) == []
+    assert settings.given, "an empty config"
+
+
+@pytest.mark.parametrize("path", sorted((tiny.ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_accelerate_config_is_one(path):
+    config = load_config_from_file(str(path))
+    header = path.read_text(encoding="utf-8").split("\ncompute_environment")[0]
+    assert config.num_processes >= 1 and config.mixed_precision in ("no", "bf16", "fp16")
+    assert f"accelerate launch --config_file configs/accelerate/{path.name}" in header and "Tested" in header
+
+
+def test_settings_of_our_own_are_documented():
+    """Each field of Settings has a help text, and the design's defaults."""
+    settings, _ = dpotrainer.parse_settings([])
+    assert (settings.global_batch_size, settings.eval_pairs, settings.sample_prompts) == (64, 500, 8)
+    assert settings.share_prefixes and settings.reference == "auto"
+    assert not (settings.merge or settings.dry_run or settings.overwrite or settings.chat_strings)
+    assert all(field.metadata["help"] for field in dpotrainer.fields(dpotrainer.Settings))
