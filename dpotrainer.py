@@ -1045,20 +1045,26 @@ def attend_one_by_one(query, key, value, plan, scale):
 
 
 def why_not_shared(model, settings=None):
-    """The one-line reason why `model` has to run its rows padded and apart, or None where it can share prefixes."""
-    config, parameters = model.config.get_text_config(), dict(model.named_parameters())
-    layers = set(getattr(config, "layer_types", None) or ())
-    sliding = not layers and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    router = getattr(settings, "router_aux_loss_coef", None)
-    router = getattr(config, "router_aux_loss_coef", 0.0) if router is None else router
-    adapter = getattr(model, "active_peft_config", None)
+    """The reason, in one line, why `model` must run its rows apart and padded; None where it can share prefixes."""
+    config = model.config.get_text_config()
+    own, asked = functools.partial(getattr, config), functools.partial(getattr, settings)
+    router = asked("router_aux_loss_coef", None)
     reasons = {
-        "attn_implementation is set": getattr(settings, "attn_implementation", None) is not None,
-        "a vision-language model places images in its rows": config is not model.config,
-        "the model takes no attention function from outside": not getattr(model, "_supports_attention_backend", False),
-        "not all layers are full attention": bool(layers - {"full_attention"}) or getattr(model, "_is_stateful", False),
-        "attention ends at a sliding window": bool(sliding),
-        "the router loss counts every token of both rows": hasattr(config, "output_router_logits") and router != 0,
+        "`attn_implementation` asks for another attention": asked("attn_implementation", None) is not None,
+        "it is a vision-language model, whose rows hold images": config is not model.config,
+        "its attention cannot be replaced from outside": not getattr(model, "_supports_attention_backend", False),
+        "not all of its layers are full attention": bool(set(own("layer_types", None) or ()) - {"full_attention"})
+        or getattr(model, "_is_stateful", False),
+        "its attention looks back over a sliding window only": not own("layer_types", None)
+        and bool(own("sliding_window", None) and own("use_sliding_window", True)),
+        "its attention logits are capped": own("attn_logit_softcapping", None) is not None,
+        "its attention has sinks": any("sinks" in name for name, _ in model.named_parameters()),
+        "its attention has dropout": any(own(name, 0) for name in ("attention_dropout", "attn_pdrop")),
+        "its router loss counts each token of both rows": hasattr(config, "output_router_logits")
+        and (own("router_aux_loss_coef", 0) if router is None else router) != 0,
+        "its adapter adds virtual tokens to each row": getattr(
+            getattr(model, "active_peft_config", None), "is_prompt_learning", False
+        ),
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
 
@@ -1564,7 +1570,9 @@ def settle(build, *args, **kwargs):
 def prepare(s: argparse.Namespace) -> tuple:
     """Process group, tokenizer, pairs and plan: (arguments, start, train, held-out); the plan is printed."""
     names = [f.name for f in fields(DPOConfig) if f.init and f.name != "precompute_ref_log_probs"]
-    args = settle(DPOConfig, **{name: getattr(s, name) for name in names})  # joins the process group
+    values = {name: getattr(s, name) for name in names}
+    values["use_cpu"] |= s.dry_run and not torch.cuda.is_available()  # a plan can be made anywhere
+    args = settle(DPOConfig, **values)  # joins the process group
     start = load_start(s)
     train, held_out, counts = load_preferences(s, start.tokenizer)
     args.eval_strategy = args.eval_strategy if held_out is not None else IntervalStrategy.NO

@@ -1,0 +1,115 @@
+"""The dry run: every number of the plan against an independent count, and the pair as the model sees it."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import tiny
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import dpotrainer
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    """(model folder, pairs, text of a dry run)."""
+    folder = tmp_path_factory.mktemp("plan")
+    model, data = tiny.make_model(folder / "model"), tiny.make_pairs(folder / "pairs.jsonl", 60)
+    flags = tiny.settings(model, data, folder / "out", dry_run=True, global_batch_size=8, per_device_train_batch_size=2)
+    done = tiny.run_program(flags)
+    assert done.returncode == 0, done.stderr
+    assert not (folder / "out").exists(), "a dry run writes nothing"
+    return model, [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()], done.stdout
+
+
+def number(text, pattern):
+    found = re.search(pattern, text)
+    assert found, f"{pattern!r} is not in\n{text}"
+    return float(found[1].replace(",", ""))
+
+
+def test_parameters_are_those_of_the_loaded_model(dry_run):
+    model, _, text = dry_run
+    policy = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model),
+        LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    trainable, total = policy.get_nb_trainable_parameters()
+    assert number(text, r"([\d,]+) weights in float32") == total
+    assert number(text, r"([\d,]+) trainable") == trainable
+    frozen = sum(p.numel() * p.element_size() for p in policy.parameters() if not p.requires_grad)
+    assert number(text, r"weights ([\d.]+), gradients") == pytest.approx(frozen / 2**30, abs=0.006)
+
+
+def test_steps_and_batch_are_derived(dry_run):
+    _, _, text = dry_run
+    kept = number(text, r"([\d,]+) to train")
+    assert "8 pairs = 2 per device x 4 accumulation x 1 process on cpu" in text
+    assert number(text, r"steps  ([\d,]+),") == np.ceil(kept / 8)
+
+
+def test_lengths_are_those_of_the_tokenizer(dry_run):
+    model, pairs, text = dry_run
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    longest = max(len(tiny.encode_pair(tokenizer, pair, 10**6)[0][0]) for pair in pairs)
+    quantiles = {k: json.loads(v) for k, v in re.findall(r"(prompt|chosen|rejected) (\[[\d, ]+\])", text)}
+    assert set(quantiles) == {"prompt", "chosen", "rejected"}
+    assert all(values == sorted(values) for values in quantiles.values())
+    assert quantiles["chosen"][-1] < longest <= quantiles["prompt"][-1] + quantiles["chosen"][-1]
+
+
+def test_needed_tokens_count_each_distinct_token_once(dry_run):
+    model, pairs, text = dry_run
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = [[ids for ids, _ in tiny.encode_pair(tokenizer, pair, 96)] for pair in pairs]
+    needed = []
+    for chosen, rejected in rows:
+        short = min(len(chosen), len(rejected)) - 1
+        shared = next((i for i in range(short) if chosen[i] != rejected[i]), short)
+        needed.append(len(chosen) + len(rejected) - shared)
+    counted = number(text, r"([\d,]+) tokens with shared prefixes")
+    held_out = number(text, r"([\d,]+) held out")
+    assert sum(sorted(needed)[: -int(held_out)]) <= counted * 1.5 and counted < sum(needed)
+    assert number(text, r"([\d,]+) in padded rows") > counted
+
+
+def test_the_pair_is_shown_with_its_special_tokens(dry_run):
+    _, _, text = dry_run
+    for part in ("prompt", "chosen", "rejected", "<|im_start|>assistant", "<|im_end|>"):
+        assert part in text
+
+
+def test_real_run_prints_the_short_form_of_the_same_plan(dry_run, tmp_path, capsys, monkeypatch):
+    model, pairs, text = dry_run
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    monkeypatch.setattr(dpotrainer, "train_policy", lambda *args: None)
+    flags = tiny.settings(model, data, tmp_path / "out", global_batch_size=8, per_device_train_batch_size=2)
+    assert dpotrainer.main(flags) == 0
+    shown = capsys.readouterr().out
+    for label in ("policy", "reference", "objective", "pairs", "batch", "steps", "prefixes"):
+        line = next(line for line in text.splitlines() if line.strip().startswith(f"{label}  "))
+        assert line.replace(str(model), "") in shown.replace(str(model), "") or label == "output"
+    assert "GiB" not in shown
+
+
+def test_four_bit_and_copies_change_the_memory(dry_run, tmp_path, capsys):
+    model, pairs, _ = dry_run
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    weights = {}
+    for name, more in {"auto": {}, "copy": {"reference": "copy"}, "bf16": {"dtype": "bfloat16"}}.items():
+        assert dpotrainer.main(tiny.settings(model, data, tmp_path / "out", dry_run=True, **more)) == 0
+        text = capsys.readouterr().out
+        weights[name] = text
+        assert ("second, frozen model" in text) == (name == "copy")
+    assert "weights in bfloat16" in weights["bf16"]
+
+
+def test_dry_run_of_the_constants_without_network_is_one_clear_message():
+    done = tiny.run_program(["--dry_run", "true"])
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) <= 2 and "Qwen/Qwen3-8B" in done.stderr
