@@ -4,25 +4,24 @@
     python dpotrainer.py --config FILE.yaml --beta 0.05       constants < YAML < command line
     accelerate launch --config_file configs/accelerate/ddp.yaml dpotrainer.py          several GPUs
 
-Over pairs of a prompt x with a chosen answer y_w and a rejected answer y_l, DPO (Rafailov et al., 2023, arXiv 2305.18290,
-equation 7) minimises
+Over pairs of a prompt x with a chosen answer y_w and a rejected answer y_l, DPO (Rafailov et al., 2023, arXiv
+2305.18290, equation 7) minimises
 
     loss = -log sigmoid(reward(x, y_w) - reward(x, y_l)),    reward(x, y) = beta * (log pi(y | x) - log pi_ref(y | x)).
 
-The log shows the mean of reward(x, y_w) as rewards/chosen, of reward(x, y_l) as rewards/rejected, of their difference as
-rewards/margins, and the share of pairs with a positive difference as rewards/accuracies. trl.DPOTrainer does the training;
-this file decides what a good run is, checks it before it costs anything (`--dry_run true` shows the plan and one pair as
-the model sees it), computes each pair's common prefix once, shows what happened, and loses nothing.
+The log shows the mean of reward(x, y_w) as rewards/chosen, of reward(x, y_l) as rewards/rejected, of their difference
+as rewards/margins, and the share of pairs with a positive difference as rewards/accuracies. trl.DPOTrainer does the
+training; this file decides what a good run is, checks it before it costs anything (`--dry_run true` shows the plan and
+one pair as the model sees it), computes each pair's common prefix once, shows what happened, and loses nothing.
 
-OUTPUT_DIR gets the adapter with tokenizer and model card, settings.yaml (`--config OUTPUT_DIR/settings.yaml` repeats the
-run), metrics.jsonl, rewards.png, samples.md and checkpoint-N. The same command again continues an interrupted run.
+OUTPUT_DIR gets the adapter with tokenizer and model card, settings.yaml (`--config OUTPUT_DIR/settings.yaml` repeats
+the run), metrics.jsonl, rewards.png, samples.md, checkpoint-N. The same command again continues an interrupted run.
 """
 
 import argparse
 import difflib
 import errno
 import functools
-import hashlib
 import importlib.util
 import inspect
 import itertools
@@ -41,7 +40,6 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,7 +53,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HOME
 from matplotlib.figure import Figure
 from peft import PeftConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import (
     AttentionInterface,
@@ -72,12 +70,20 @@ from transformers.masking_utils import sdpa_mask
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy, rotate_checkpoints, sort_checkpoints
 from transformers.utils.peft_utils import find_adapter_config_file
-from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    ModelConfig,
+    ScriptArguments,
+    TrlParser,
+    get_peft_config,
+    get_quantization_config,
+)
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import use_adapter
 
 # fmt: off
-# ------------------------------------------------------------------------------------------------ constants: edit these
+# ----------------------------------------------------------------------------------------------- constants: edit these
 MODEL_NAME = "Qwen/Qwen3-8B"  # hub name or folder of an instruct model, or of a PEFT adapter that SFT left behind
 DATASET_NAME = "trl-lib/ultrafeedback_binarized"  # hub name, folder, or jsonl, json, parquet, csv file of pairs
 OUTPUT_DIR = "qwen3-8b-dpo"  # everything that the run writes
@@ -105,16 +111,16 @@ EVAL_STEPS = 100  # optimizer steps between evaluations
 SAVE_STEPS = 100  # optimizer steps between checkpoints
 LOGGING_STEPS = 10  # optimizer steps between log lines
 SEED = 42  # of adapter, order and held-out pairs
-# --------------------------------------------------------------------------------------------------------- end of edits
+# -------------------------------------------------------------------------------------------------------- end of edits
 
 CONSTANTS = {  # constant: its name in YAML files and flags, which is TRL's
     "MODEL_NAME": "model_name_or_path", "DATASET_NAME": "dataset_name", "OUTPUT_DIR": "output_dir", "BETA": "beta",
-    "LOSS_TYPE": "loss_type", "MAX_LENGTH": "max_length", "LEARNING_RATE": "learning_rate", "WARMUP_STEPS": "warmup_steps",
-    "LR_SCHEDULER_TYPE": "lr_scheduler_type", "NUM_TRAIN_EPOCHS": "num_train_epochs", "GLOBAL_BATCH_SIZE": "global_batch_size",
-    "PER_DEVICE_BATCH_SIZE": "per_device_train_batch_size", "LORA_R": "lora_r", "LORA_ALPHA": "lora_alpha",
-    "LORA_DROPOUT": "lora_dropout", "DTYPE": "dtype", "BF16": "bf16", "GRADIENT_CHECKPOINTING": "gradient_checkpointing",
-    "EVAL_PAIRS": "eval_pairs", "EVAL_STEPS": "eval_steps", "SAVE_STEPS": "save_steps", "LOGGING_STEPS": "logging_steps",
-    "SEED": "seed",
+    "LOSS_TYPE": "loss_type", "MAX_LENGTH": "max_length", "LEARNING_RATE": "learning_rate", "LORA_R": "lora_r",
+    "LR_SCHEDULER_TYPE": "lr_scheduler_type", "WARMUP_STEPS": "warmup_steps", "NUM_TRAIN_EPOCHS": "num_train_epochs",
+    "GLOBAL_BATCH_SIZE": "global_batch_size", "PER_DEVICE_BATCH_SIZE": "per_device_train_batch_size",
+    "LORA_ALPHA": "lora_alpha", "LORA_DROPOUT": "lora_dropout", "DTYPE": "dtype", "BF16": "bf16", "SEED": "seed",
+    "GRADIENT_CHECKPOINTING": "gradient_checkpointing", "EVAL_PAIRS": "eval_pairs", "EVAL_STEPS": "eval_steps",
+    "SAVE_STEPS": "save_steps", "LOGGING_STEPS": "logging_steps",
 }
 OUR_DEFAULTS = {  # where a good run differs from TRL's defaults
     "use_peft": True, "lora_target_modules": "all-linear", "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True,
@@ -126,7 +132,7 @@ OUR_DEFAULTS = {  # where a good run differs from TRL's defaults
 }
 
 
-# ------------------------------------------------------------------------------------------------------------- settings
+# ------------------------------------------------------------------------------------------------------------ settings
 def setting(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
@@ -139,9 +145,9 @@ class Settings:
     eval_pairs: int = field(metadata={"help": "pairs held out when the data set has no test split"})
     share_prefixes: bool = setting(True, "compute each pair's common prefix once, and no padding")
     reference: Literal["auto", "copy", "adapter"] = setting(
-        "auto", "auto: adapter off, or the SFT adapter if one is the start; copy: a second, frozen model; adapter: a frozen "
-                "copy of the starting adapter")
-    ref_model_name_or_path: str | None = setting(None, "frozen model of `reference: copy`; the policy's start when empty")
+        "auto", "auto: adapter off, or the SFT adapter if that is the start; copy: a second, frozen model; adapter: a "
+                "frozen copy of the starting adapter")
+    ref_model_name_or_path: str | None = setting(None, "frozen model of `reference: copy`; the start when empty")
     fresh_adapter: bool = setting(False, "merge the starting adapter and train a new one on top")
     chat_strings: bool = setting(False, "wrap plain strings in the chat template")
     sample_prompts: int = setting(8, "held-out prompts answered after training; 0: none")
@@ -153,20 +159,24 @@ class Settings:
 OBJECTIVES = {  # loss_type: what it does to the margin or the rewards, and where it is from
     "sigmoid": "logistic loss, DPO (arXiv 2305.18290, eq. 7)", "hinge": "hinge loss, SLiC (arXiv 2305.10425)",
     "ipo": "squared distance of the mean gap from 1/(2 beta), IPO (arXiv 2310.12036, eq. 17)",
-    "robust": "logistic loss unbiased by flipped labels (arXiv 2403.00409)", "exo_pair": "reverse KL, EXO (arXiv 2402.00856)",
-    "nca_pair": "noise contrast, NCA (arXiv 2402.05369)", "bco_pair": "binary classifier, BCO (arXiv 2404.04656)",
-    "sppo_hard": "squared distance to win or loss, SPPO (arXiv 2405.00675)", "aot": "sorted margins, AOT (arXiv 2406.05882)",
-    "aot_unpaired": "sorted rewards, AOT (arXiv 2406.05882)", "apo_zero": "chosen up, rejected down, APO (arXiv 2408.06266)",
-    "apo_down": "both down, APO (arXiv 2408.06266)", "discopop": "logistic and exponential, DiscoPOP (arXiv 2406.08414)",
-    "sft": "cross-entropy of the chosen answer", "sigmoid_norm": "logistic loss per token (arXiv 2405.14734)",
+    "robust": "logistic loss unbiased by flipped labels (arXiv 2403.00409)",
+    "exo_pair": "reverse KL, EXO (arXiv 2402.00856)", "nca_pair": "noise contrast, NCA (arXiv 2402.05369)",
+    "bco_pair": "binary classifier, BCO (arXiv 2404.04656)", "aot": "sorted margins, AOT (arXiv 2406.05882)",
+    "sppo_hard": "squared distance to win or loss, SPPO (arXiv 2405.00675)",
+    "aot_unpaired": "sorted rewards, AOT (arXiv 2406.05882)", "apo_down": "both down, APO (arXiv 2408.06266)",
+    "apo_zero": "chosen up, rejected down, APO (arXiv 2408.06266)", "sft": "cross-entropy of the chosen answer",
+    "discopop": "logistic and exponential, DiscoPOP (arXiv 2406.08414)",
+    "sigmoid_norm": "logistic loss per token (arXiv 2405.14734)",
 }
 RANGES = {  # setting: lowest, highest, usual
-    "beta": (1e-6, 100, "0.05 to 0.5"), "learning_rate": (1e-12, 1e6, "5e-6 for LoRA"), "num_train_epochs": (1e-6, 1e6, "1"),
-    "label_smoothing": (0, 0.4999, "the share of wrong labels, 0.1,"), "warmup_steps": (0, 1e9, "0.1"), "lora_r": (1, 1e5, "16 to 64"),
-    "lora_alpha": (1, 1e6, "lora_r"), "lora_dropout": (0, 0.999, "0"), "max_length": (2, 1e9, "1024 to 4096"),
-    "global_batch_size": (1, 1e9, "64"), "per_device_train_batch_size": (1, 1e6, "4"), "per_device_eval_batch_size": (1, 1e6, "4"),
+    "beta": (1e-6, 100, "0.05 to 0.5"), "learning_rate": (1e-12, 1e6, "5e-6"), "warmup_steps": (0, 1e9, "0.1"),
+    "label_smoothing": (0, 0.4999, "the share of wrong labels, 0.1,"), "num_train_epochs": (1e-6, 1e6, "1"),
+    "lora_r": (1, 1e5, "16 to 64"), "lora_alpha": (1, 1e6, "lora_r"), "lora_dropout": (0, 0.999, "0"),
+    "max_length": (2, 1e9, "1024 to 4096"), "global_batch_size": (1, 1e9, "64"),
+    "per_device_train_batch_size": (1, 1e6, "4"), "per_device_eval_batch_size": (1, 1e6, "4"),
     "eval_pairs": (0, 1e9, "500"), "sample_prompts": (0, 1e6, "8"), "logging_steps": (1e-6, 1e9, "10"),
-    "eval_steps": (1e-6, 1e9, "100"), "save_steps": (1e-6, 1e9, "100"), "max_grad_norm": (0, 1e9, "1"), "seed": (0, 2**32 - 1, "42"),
+    "eval_steps": (1e-6, 1e9, "100"), "save_steps": (1e-6, 1e9, "100"), "max_grad_norm": (0, 1e9, "1"),
+    "seed": (0, 2**32 - 1, "42"),
 }
 REFUSED = {  # settings that would break a promise of this program: why, and what to do
     "trust_remote_code": "would run code of the model's author; use a model that transformers knows",
@@ -182,19 +192,21 @@ REFUSED = {  # settings that would break a promise of this program: why, and wha
 SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}  # the losses that read label_smoothing
 CONFLICTS = (  # setting, when it is wrong, why and what to do
     ("loss_type", lambda s: set(s.loss_type) - set(OBJECTIVES), f"is unknown; one of {', '.join(OBJECTIVES)}"),
-    ("loss_weights", lambda s: s.loss_weights and (len(s.loss_weights) != len(s.loss_type) or not all(map(math.isfinite, s.loss_weights))),
+    ("loss_weights", lambda s: s.loss_weights and
+     (len(s.loss_weights) != len(s.loss_type) or not np.isfinite(s.loss_weights).all()),
      "must be one number for each loss_type; mend the list"),
     ("label_smoothing", lambda s: s.label_smoothing and not SMOOTHED & set(s.loss_type),
      f"has no effect with this loss_type; one of {', '.join(sorted(SMOOTHED))} uses it, else leave it out"),
-    ("label_smoothing", lambda s: "exo_pair" in s.loss_type and not s.label_smoothing, "must be above 0 for exo_pair; try 1e-3"),
+    ("label_smoothing", lambda s: "exo_pair" in s.loss_type and not s.label_smoothing, "must be above 0; 1e-3"),
     ("discopop_tau", lambda s: s.discopop_tau != 0.05 and "discopop" not in s.loss_type,
      "has no effect with this loss_type; leave it out"),
     ("ref_model_name_or_path", lambda s: s.ref_model_name_or_path and s.reference != "copy",
      "has no effect with this reference; `reference: copy` uses it"),
-    ("use_peft", lambda s: not s.use_peft, "is another program's work; `trl dpo` trains all weights, this one adapters"),
+    ("use_peft", lambda s: not s.use_peft, "is another program's work; `trl dpo` trains all weights"),
     ("merge", lambda s: s.merge and (s.load_in_4bit or s.load_in_8bit),
      "would round the adapter into a quantised base; leave it out and merge into the bf16 base: README, 'Merging'"),
-    ("precompute_ref_log_probs", lambda s: s.precompute_ref_log_probs and is_sharded(), "needs a whole model; leave it out"),
+    ("precompute_ref_log_probs", lambda s: s.precompute_ref_log_probs and is_sharded(),
+     "needs a model in one piece; leave it out"),
     ("truncation_mode", lambda s: s.truncation_mode != "keep_start", "would cut prompts; keep_start"),
     ("train_sampling_strategy", lambda s: s.train_sampling_strategy == "batch_rebalance",
      "makes batches of unequal size, which weigh pairs unequally; random"),
@@ -246,12 +258,17 @@ def parse_layer(parser, layer: str, groups: list[list[str]], problems: list[str]
 
 def as_flags(mapping: dict[str, Any]) -> list[list[str]]:
     """Settings as the command-line words that say the same, so that every layer passes the same checks."""
-    return [[f"--{name}", *map(str, value)] if isinstance(value, list) else
-            [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"] for name, value in mapping.items()]  # fmt: skip
+
+    def words(name, value):
+        if isinstance(value, list):
+            return [f"--{name}", *map(str, value)]
+        return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]
+
+    return [words(name, value) for name, value in mapping.items()]
 
 
 def read_constants() -> dict[str, Any]:
-    """The constants above by their setting's name; one that CONSTANTS does not know keeps its own, and so is refused."""
+    """The constants above by their setting's name; one that CONSTANTS does not know keeps its own and is refused."""
     source = Path(__file__).read_text(encoding="utf-8").split("\nCONSTANTS = ")[0]
     names = re.findall(r"^([A-Z]\w*) *[:=]", source, flags=re.M)
     return {CONSTANTS.get(name, name): vars(sys.modules[__name__])[name] for name in names}
@@ -293,7 +310,7 @@ def parse_settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         try:
             values[name] = json.loads(value) if isinstance(value, str) and value.startswith("{") else value
         except ValueError:
-            problems.append(f"{name}={value}: is no JSON; write {{\"name\": value}}")
+            problems.append(f'{name}={value}: is no JSON; write {{"name": value}}')
     if isinstance(values["lora_target_modules"], list) and len(values["lora_target_modules"]) == 1:
         values["lora_target_modules"] = values["lora_target_modules"][0]  # "all-linear", or a pattern
     return argparse.Namespace(**values, given=set(from_file) | set(flags)), problems
@@ -310,10 +327,12 @@ def check_batch(s: argparse.Namespace) -> list[str]:
     if s.global_batch_size % per_pass:
         sizes = [n for n in range(1, s.global_batch_size + 1) if s.global_batch_size % (n * world) == 0]
         fix = f"per_device_train_batch_size one of {sizes}" if sizes else f"a multiple of {world}"
-        return [f"global_batch_size={s.global_batch_size}: is no multiple of {per_pass // world} per device x {world} processes; {fix}"]
+        passes = f"{per_pass // world} per device x {world} processes"
+        return [f"global_batch_size={s.global_batch_size}: is no multiple of {passes}; {fix}"]
     s.gradient_accumulation_steps = s.global_batch_size // per_pass
     if "gradient_accumulation_steps" in s.given and given != s.gradient_accumulation_steps:
-        return [f"gradient_accumulation_steps={given}: is {s.gradient_accumulation_steps} by global_batch_size; leave one out"]
+        derived = s.gradient_accumulation_steps
+        return [f"gradient_accumulation_steps={given}: is {derived} by global_batch_size; leave one of them out"]
     return []
 
 
@@ -322,17 +341,18 @@ def check_settings(s: argparse.Namespace) -> list[str]:
     problems = []
     for name, (low, high, usual) in RANGES.items():
         value = getattr(s, name)
-        if name == "num_train_epochs" and s.max_steps > 0 or value is None and name in ("max_length", "eval_steps"):
-            continue
-        if value is None or not low <= value <= high:
+        free = (
+            s.max_steps > 0 if name == "num_train_epochs" else value is None and name in ("max_length", "eval_steps")
+        )
+        if not free and (value is None or not low <= value <= high):
             problems.append(f"{name}={value}: must lie between {low:g} and {high:g}; {usual} is usual")
     problems += [f"{name}={getattr(s, name)}: {text}" for name, wrong, text in CONFLICTS if wrong(s)]
     problems += [f"{name} {text}" for name, text in REFUSED.items() if getattr(s, name)]
     problems += check_batch(s) if not problems else []
     for name in ("model_name_or_path", "dataset_name", "ref_model_name_or_path"):
         value = getattr(s, name)
-        local = value and (value.startswith((".", "/", "~")) or value.count("/") > 1 or re.search(r"\.(jsonl?|parquet|csv)$", value))
-        if value == "" or local and not Path(value).expanduser().exists():
+        local = value and re.search(r"^[./~]|/.*/|\.(jsonl?|parquet|csv)$", value)  # a hub name is owner/name
+        if value == "" or (local and not Path(value).expanduser().exists()):
             problems.append(f"{name}={value}: there is no such file or folder in {Path.cwd()}; check the path")
     output = Path(s.output_dir).absolute()
     existing = next(parent for parent in (output, *output.parents) if parent.exists())
@@ -348,16 +368,17 @@ def check_machine(s: argparse.Namespace) -> list[str]:
         problems.append("no CUDA GPU: PyTorch sees none, and the run needs one; `python dpotrainer.py --config "
                         "configs/quickstart.yaml` runs anywhere, `--use_cpu true` serves tiny models")  # fmt: skip
     if not s.use_cpu and cuda and s.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-        problems.append(f"bf16=True: {torch.cuda.get_device_name()} has none; `--bf16 false --fp16 true --dtype float16`")
+        name = torch.cuda.get_device_name()
+        problems.append(f"bf16=True: {name} has none; `--bf16 false --fp16 true --dtype float16`")
     if not s.use_cpu and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
         problems.append(f"{torch.cuda.device_count()} GPUs but one process: `accelerate launch --config_file "
-                        "configs/accelerate/ddp.yaml dpotrainer.py` uses all, `CUDA_VISIBLE_DEVICES=0` one")  # fmt: skip
+                        "configs/accelerate/ddp.yaml dpotrainer.py` uses all, CUDA_VISIBLE_DEVICES=0 one")  # fmt: skip
     unknown = set(np.atleast_1d(s.report_to)) - {"none", "all", *INTEGRATION_TO_CALLBACK}
     problems += [f"report_to={name}: is unknown; tensorboard, wandb, trackio or none" for name in unknown]
     needed = [name for name in np.atleast_1d(s.report_to) if name in ("tensorboard", "wandb", "trackio")]
     needed += ["bitsandbytes"] if s.load_in_4bit or s.load_in_8bit or "8bit" in str(s.optim) else []
     missing = [name for name in needed if not importlib.util.find_spec(name)]
-    return problems + [f"{name}: these settings need it, and it is not installed; `pip install {name}`" for name in missing]
+    return problems + [f"{name}: the settings need it, it is not installed; `pip install {name}`" for name in missing]
 
 
 # ------------------------------------------------------------------------------------------------------ preferences
@@ -391,13 +412,18 @@ def recognise_layout(dataset, source: str) -> str:
     told = {column for kinds in LAYOUTS.values() for column in kinds}
     row = max(dataset.select(range(min(len(dataset), 100))), key=lambda row: sum(bool(row.get(name)) for name in told))
     found = {column: kind_of(value) for column, value in row.items()}
-    names = [name for name, kinds in LAYOUTS.items()
-             if all(found.get(column, "nothing").endswith(kind) for column, kind in kinds.items())]
+    names = [
+        name
+        for name, kinds in LAYOUTS.items()
+        if all(found.get(column, "nothing").endswith(kind) for column, kind in kinds.items())
+    ]
     if len(names) == 1:
         return names[0]
     problem = f"more than one known layout ({', '.join(names)})" if names else "no known layout"
-    table = [f"  {name:<28}{', '.join(f'{column}: {kind}' for column, kind in kinds.items())}"
-             for name, kinds in {"columns found": found, **LAYOUTS}.items()]
+    table = [
+        f"  {name:<28}{', '.join(f'{column}: {kind}' for column, kind in kinds.items())}"
+        for name, kinds in {"columns found": found, **LAYOUTS}.items()
+    ]
     raise UserError("\n".join([f"{source}: the columns fit {problem}. Rename or remove some until one fits.", *table]))
 
 
@@ -542,8 +568,10 @@ def tokenize_pairs(pairs: list, tokenizer, raw: bool):
     for i in range(0, len(ids), 4):
         head, tail, *both = ids[i : i + 4]
         # where tokens merge across the boundary, the answer is tokenized apart: in use, it starts with a new token
-        answers = [joint[len(tail) :] if joint[: len(tail)] == tail else encode(text[len(texts[i + 1]) :])
-                   for joint, text in zip(both, texts[i + 2 : i + 4])]
+        answers = [
+            joint[len(tail) :] if joint[: len(tail)] == tail else encode(text[len(texts[i + 1]) :])
+            for joint, text in zip(both, texts[i + 2 : i + 4])
+        ]
         yield start + head + tail, *answers
 
 
@@ -559,8 +587,10 @@ def prepare_batch(batch: dict, numbers: list[int], tokenizer, layout: str, optio
         results.append((pair, "") if isinstance(pair, str) else render_pair(pair, row, tokenizer, where))
     rendered = [texts for texts, template in results if template]
     ids = tokenize_pairs(rendered, tokenizer, raw=layout == "standard" and not options["chat_strings"])
-    rows = [(*measure_pair(*next(ids), options["max_length"]), form) if form else ([], [], [], 0, 0, reason, "")
-            for reason, form in results]
+    rows = [
+        (*measure_pair(*next(ids), options["max_length"]), form) if form else ([], [], [], 0, 0, reason, "")
+        for reason, form in results
+    ]
     return dict(zip(PREPARED, map(list, zip(*rows))))
 
 
@@ -573,8 +603,10 @@ def prepare_split(dataset, split: str, settings, tokenizer) -> tuple:
         raise UserError(f"{source} has no rows.")
     layout = recognise_layout(dataset, source)
     if tokenizer.chat_template is None and (layout != "standard" or settings.chat_strings):
-        raise UserError(f"{source} needs a chat template, and the tokenizer has none. Start from the model's instruct "
-                        "version, or save a chat_template.jinja beside its tokenizer.")
+        raise UserError(
+            f"{source} needs a chat template, and the tokenizer has none. Start from the model's instruct "
+            "version, or save a chat_template.jinja beside its tokenizer."
+        )
     read = sorted({*LAYOUTS[layout], *sum(SCORES, ()), "tools", "chat_template_kwargs"}.intersection(dataset.features))
     options = {"chat_strings": settings.chat_strings, "max_length": settings.max_length}
     # our own key for the cache: the default one pickles the tokenizer, which differs from run to run
@@ -584,9 +616,15 @@ def prepare_split(dataset, split: str, settings, tokenizer) -> tuple:
     key += [LAYOUTS, SCORES, ROLES, *map(inspect.getsource, [*code, measure_pair, prepare_batch])]
     types = [List(Value("int32"))] * 3 + [Value("int64")] * 2 + [Value("string")] * 2
     table = dataset.select_columns(read).map(
-        prepare_batch, with_indices=True, batched=True, batch_size=256, remove_columns=read,
+        prepare_batch,
+        with_indices=True,
+        batched=True,
+        batch_size=256,
+        remove_columns=read,
         fn_kwargs={"tokenizer": tokenizer, "layout": layout, "options": options, "source": source},
-        features=Features(zip(PREPARED, types)), num_proc=settings.dataset_num_proc, desc=f"Tokenizing {split}",
+        features=Features(zip(PREPARED, types)),
+        num_proc=settings.dataset_num_proc,
+        desc=f"Tokenizing {split}",
         new_fingerprint=blake2b(repr(key).encode(), digest_size=16).hexdigest(),
     )
     ignored = ", ".join(sorted({*dataset.features}.difference(read)))
@@ -674,14 +712,18 @@ def read_splits(settings) -> dict:
         found = load_dataset(**source)
     except Exception as error:  # the network's, the hub's, arrow's, pandas'
         reason = (find_bad_row(path) if path.exists() else "") or f"{type(error).__name__}: {error}"
-        raise UserError(f"The data set {name} cannot be read: {reason}\nFrom the hub: check name and network, and use "
-                        f"`hf auth login` for a gated one. From a folder: it must hold {known} files.") from error
+        raise UserError(
+            f"The data set {name} cannot be read: {reason}\nFrom the hub: check name and network, and use "
+            f"`hf auth login` for a gated one. From a folder: it must hold {known} files."
+        ) from error
     train, test = settings.dataset_train_split, settings.dataset_test_split
     if (train, test) == ("train", "test") and train not in found and "train_prefs" in found:
         train, test = "train_prefs", "test_prefs"
     if train not in found or test not in {*found, "test", "test_prefs"}:
-        raise UserError(f"The data set {name} has the splits {', '.join(found)}, but not both dataset_train_split "
-                        f"({train}) and dataset_test_split ({test}).")
+        raise UserError(
+            f"The data set {name} has the splits {', '.join(found)}, but not both dataset_train_split "
+            f"({train}) and dataset_test_split ({test})."
+        )
     return {name: found[name] for name in (train, test) if name in found}
 
 
@@ -741,12 +783,13 @@ def fetch(setting: str, load, name: str, *args, **kwargs):
 
 
 def load_start(s: argparse.Namespace) -> argparse.Namespace:
-    """What a run starts from: base, adapter (None unless the model is one), tokenizer, config, and the kind of reference."""
+    """What a run starts from: base, adapter (None unless the model is one), tokenizer, config, kind of reference."""
     name = os.path.expanduser(s.model_name_or_path)
     path = fetch("model_name_or_path", find_adapter_config_file, name, revision=s.model_revision)
     base = json.loads(Path(path).read_text(encoding="utf-8"))["base_model_name_or_path"] if path else name
     if not path and (s.reference == "adapter" or s.fresh_adapter):
-        raise UserError(f"reference={s.reference}, fresh_adapter={s.fresh_adapter}: {name} is no adapter; leave them out")
+        asked = f"reference={s.reference}, fresh_adapter={s.fresh_adapter}"
+        raise UserError(f"{asked}: {name} is no adapter; leave them out")
     continues = bool(path) and not s.fresh_adapter
     kind = "adapter" if continues and s.reference == "auto" else s.reference
     told = {"auto": f"the policy with its adapter switched off{' (base and SFT adapter, merged)' if path else ''}",
@@ -779,7 +822,7 @@ def load_model(s, args, base: str, adapter: str | None, trainable: bool) -> tupl
 
 
 def build_trainer(s, args, start, train, held_out) -> "PreferenceTrainer":
-    """Policy, reference and pairs in a trl.DPOTrainer: without `ref_model` it switches the adapter off, or copies SFT's."""
+    """Policy, reference and pairs in a DPOTrainer; without `ref_model` it switches the adapter off, or copies it."""
     set_seed(s.seed)
     policy, reason = load_model(s, args, start.base, start.adapter, trainable=start.continues)
     reference = None
@@ -789,9 +832,9 @@ def build_trainer(s, args, start, train, held_out) -> "PreferenceTrainer":
         reason = reason or why
     collator = PreferenceCollator(start.tokenizer.pad_token_id, s.max_length, share_prefixes=reason is None)
     trainer = PreferenceTrainer(
-        model=policy, ref_model=reference, args=args, train_dataset=train, eval_dataset=held_out, data_collator=collator,
-        processing_class=start.tokenizer, peft_config=None if start.continues else get_peft_config(s),
-        compute_metrics=pair_metrics,
+        model=policy, ref_model=reference, args=args, train_dataset=train, eval_dataset=held_out,
+        data_collator=collator, processing_class=start.tokenizer, compute_metrics=pair_metrics,
+        peft_config=None if start.continues else get_peft_config(s),
     )  # fmt: skip
     if args.bf16 and args.device.type == "cuda":
         for module in trainer.model.modules():  # PEFT casts inputs up and autocast down again: lossless, and not free
@@ -808,9 +851,11 @@ class PreferenceTrainer(DPOTrainer):
 
     def stop_unless_finite(self, value, what: str, inputs: dict) -> None:
         if not math.isfinite(value):
-            text = ADVICE["not finite"][1].format(what=what, step=self.state.global_step + 1, lr=self.args.learning_rate)
-            rows = [row[:60] for row in inputs.get("input_ids", torch.zeros(0)).chunk(2)[0].tolist()]
-            raise UserError("\n  ".join([text, *(repr(t) for t in self.processing_class.batch_decode(rows))]), status=1)
+            step, rate = self.state.global_step + 1, self.args.learning_rate
+            text = ADVICE["not finite"][1].format(what=what, step=step, lr=rate)
+            rows = [row[:60] for row in inputs["input_ids"].chunk(2)[0].tolist()] if inputs else []
+            pairs = [repr(begin) for begin in self.processing_class.batch_decode(rows)]
+            raise UserError("\n  ".join([text, *pairs]), status=1)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -823,7 +868,7 @@ class PreferenceTrainer(DPOTrainer):
         return norm
 
     def pair_logps(self, model, inputs) -> tuple:
-        """Log-probs of the answers, (B,) each: policy's chosen, rejected, reference's chosen, rejected; and the output."""
+        """Log-probs of the answers, (B,) each: policy's chosen, rejected, reference's chosen, rejected; the output."""
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         passed = {k: v for k, v in inputs.items() if k != "completion_mask" and not k.startswith("ref_")}
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -834,10 +879,10 @@ class PreferenceTrainer(DPOTrainer):
             return *policy, *self.compute_ref_log_probs(self.ref_model or model, inputs), output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """(B, 5) in place of logits: each pair's loss, rewards of chosen and rejected, log-probs of chosen and rejected.
+        """(B, 5) in place of logits: each pair's loss, rewards of chosen and rejected, log-probs of both.
 
-        Trainer gathers them, drops the pairs that only fill up the last batch, and hands all to `pair_metrics`; TRL would
-        log means of batch means. A pair's loss is TRL's own, computed from the model's output for that pair.
+        Trainer gathers them, drops the pairs that only fill up the last batch, and hands all to `pair_metrics`; TRL
+        would log means of batch means. A pair's loss is TRL's own, computed from the model's output for that pair.
         """
         inputs = self._prepare_inputs(inputs)
         *logps, output = self.pair_logps(model, inputs)
@@ -863,16 +908,26 @@ class PreferenceTrainer(DPOTrainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if is_main():
-                state |= {k: vars(self)[k] for k in ("_globalstep_last_logged", "_total_loss_scalar", "_total_train_tokens")}
+                kept = ("_globalstep_last_logged", "_total_loss_scalar", "_total_train_tokens")
+                state |= {name: vars(self)[name] for name in kept}
                 files = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
                 manifest = {"data": self.data_hash, "files": files, "state": state, "metrics": self._metrics["train"]}
                 write_file(folder / MANIFEST, json.dumps(manifest, indent=1))
                 rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{folder} could not be written ({error}); older checkpoints are untouched: make room on the "
-                            "disk and run the same command again", status=1) from error  # fmt: skip
+            text = f"{folder} could not be written ({error}); older checkpoints are untouched"
+            raise UserError(f"{text}: make room on the disk and run the same command again", status=1) from error
         finally:
             self.args.save_total_limit = limit
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """The adapter alone, gathered where FSDP shards it."""
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        whole = {name: getattr(weight, "full_tensor", weight.detach)() for name, weight in trained.items()}
+        if self.args.should_save:
+            self._save(output_dir, state_dict={name: weight.detach().cpu() for name, weight in whole.items()})
 
     def restore_averages(self, folder: Path) -> None:
         """So that the first log line after a resume averages over the steps before it too."""
@@ -887,16 +942,18 @@ def pair_metrics(scores) -> dict[str, float]:
     loss, chosen, rejected, logps_chosen, logps_rejected = np.asarray(scores.predictions, dtype=np.float64).T
     n, p, z = len(loss), float((chosen > rejected).mean()), 1.96
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    means = {"loss": loss, "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
-             "logps/chosen": logps_chosen, "logps/rejected": logps_rejected}  # fmt: skip
-    bounds = {f"rewards/accuracies_{end}": (centre + sign * half) / (1 + z * z / n) for end, sign in (("low", -1), ("high", 1))}
+    means = {"loss": loss, "rewards/chosen": chosen, "rewards/rejected": rejected, "logps/chosen": logps_chosen,
+             "logps/rejected": logps_rejected, "rewards/margins": chosen - rejected}  # fmt: skip
+    low, high = ((centre + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    bounds = {"rewards/accuracies_low": min(low, p), "rewards/accuracies_high": max(high, p)}  # but for rounding
     return {"rewards/accuracies": p} | bounds | {name: float(values.mean()) for name, values in means.items()}
 
 
 def reference_key(s: argparse.Namespace, start: argparse.Namespace) -> str:
     """Hash of what reference log-probs depend on beside the pairs' tokens: weights, dtype, quantisation, ld_alpha."""
     names = [s.ref_model_name_or_path] if s.ref_model_name_or_path else [start.base, start.adapter]
-    what = [s.model_revision, s.dtype, s.bf16, s.fp16, s.load_in_4bit, s.load_in_8bit, s.bnb_4bit_quant_type, s.ld_alpha]
+    kinds = [s.dtype, s.bf16, s.fp16, s.load_in_4bit, s.load_in_8bit, s.bnb_4bit_quant_type, s.use_bnb_nested_quant]
+    what = [s.model_revision, s.ld_alpha, *kinds]
     for name in filter(None, names):
         files = [p.stat() for p in sorted(Path(name).glob("*.safetensors"))]
         commit = [] if files else getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)
@@ -916,7 +973,8 @@ def cache_reference(trainer: PreferenceTrainer, s: argparse.Namespace, start: ar
         trainer.accelerator.wait_for_everyone()  # all look before any adds, so that all divide the same work
         todo = [i for i, pair in enumerate(pairs["pair_hash"]) if pair not in known]
         say(f"reference log-probs: {len(pairs) - len(todo)} of {len(pairs)} pairs are in {path}")
-        mine, size = todo[trainer.accelerator.process_index :: trainer.accelerator.num_processes], s.per_device_eval_batch_size
+        mine = todo[trainer.accelerator.process_index :: trainer.accelerator.num_processes]
+        size = s.per_device_eval_batch_size
         for at in tqdm(range(0, len(mine), size), desc="reference", disable=None if is_main() and todo else True):
             rows = [pairs[i] for i in mine[at : at + size]]
             batch = trainer._prepare_inputs(trainer.data_collator(rows))
@@ -992,8 +1050,8 @@ def shared_prefix_attention(module, query, key, value, attention_mask, shared_pr
     """
     if shared_prefixes is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    plan, scale, kind = shared_prefixes, kwargs.get("scaling"), query.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype  # as SDPA would cast
+    plan, scale, device = shared_prefixes, kwargs.get("scaling"), query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype  # as SDPA casts
     query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # (T, heads, D)
     key, value = (x.index_select(0, plan["key_index"]) for x in (key, value))  # (K, Hkv, D)
     attend = attend_at_once if kernel_takes(query, value) else attend_one_by_one
@@ -1001,32 +1059,28 @@ def shared_prefix_attention(module, query, key, value, attention_mask, shared_pr
 
 
 def kernel_takes(query, value):
-    """Whether torch's variable-length kernel runs here: a recent NVIDIA card, half precision, heads of one size."""
-    return (
-        query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-        and query.shape[-1] == value.shape[-1] <= 256
-        and query.shape[-1] % 8 == 0
-    )
-
-
-def attend_at_once(query, key, value, plan, scale):
-    """All sequences in one launch of the variable-length kernel: (T, Hq, D), (K, Hkv, D) twice to (T, Hq, D)."""
-    longest = max(plan["query_lengths"]), max(plan["key_lengths"])
-    bounds = plan["query_bounds"], plan["key_bounds"]
-    options = {} if scale in (None, query.shape[-1] ** -0.5) else {"scale": scale}  # torch 2.10 knows but the default
-    return varlen_kernel()(query, key, value, *bounds, *longest, **options)
+    """Whether torch's variable-length kernel runs here: half precision on a recent NVIDIA card, heads of one size."""
+    size, half = query.shape[-1], query.dtype in (torch.bfloat16, torch.float16)
+    recent = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return recent and half and size == value.shape[-1] <= 256 and size % 8 == 0
 
 
 @functools.cache
 def varlen_kernel():
-    """`varlen_attn`, causal and with grouped heads, which torch 2.10 to 2.13 call by different names."""
+    """`varlen_attn`, causal and with grouped heads, which torch 2.10 to 2.13 name differently."""
     from torch.nn.attention.varlen import varlen_attn
 
-    names = inspect.signature(varlen_attn).parameters
     options = {"window_size": (-1, 0), "is_causal": True, "enable_gqa": True}
-    return functools.partial(varlen_attn, **{name: value for name, value in options.items() if name in names})
+    known = inspect.signature(varlen_attn).parameters
+    return functools.partial(varlen_attn, **{name: options[name] for name in options if name in known})
+
+
+def attend_at_once(query, key, value, plan, scale):
+    """All sequences in one launch of the variable-length kernel: (T, Hq, D), (K, Hkv, D) twice to (T, Hq, D)."""
+    bounds = plan["query_bounds"], plan["key_bounds"]
+    longest = max(plan["query_lengths"]), max(plan["key_lengths"])
+    scaled = {} if scale in (None, query.shape[-1] ** -0.5) else {"scale": scale}  # torch 2.10 knows the default alone
+    return varlen_kernel()(query, key, value, *bounds, *longest, **scaled)
 
 
 def attend_one_by_one(query, key, value, plan, scale):
@@ -1035,10 +1089,9 @@ def attend_one_by_one(query, key, value, plan, scale):
     sizes = plan["query_lengths"], plan["key_lengths"], plan["key_lengths"]
     for parts in zip(*map(torch.split, (query, key, value), sizes), strict=True):
         q, k, v = (x.transpose(0, 1)[None] for x in parts)  # (1, heads, tokens, D)
-        tail, all_keys = q.shape[2], k.shape[2]
-        mask = None  # chosen: the plain causal case, which has the faster kernel
-        if tail < all_keys:
-            mask = torch.ones(tail, all_keys, dtype=torch.bool, device=q.device).tril(all_keys - tail)
+        queries, keys, mask = q.shape[2], k.shape[2], None
+        if queries < keys:  # a tail; chosen is plainly causal, which has the faster kernel
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
         outputs.append(out[0].transpose(0, 1))
     return torch.cat(outputs)
@@ -1082,7 +1135,7 @@ def open_packed_row(backbone, args, kwargs):
 
 def close_packed_row(backbone, args, kwargs, output):
     """After the backbone: hidden states (1, T, H) back in the padded form (2B, L, H) that the trainer expects."""
-    plan = kwargs.get("shared_prefixes")
+    plan = kwargs.pop("shared_prefixes", None)
     if plan is not None:
         rows = plan["row_index"]
         hidden = output.last_hidden_state[0].index_select(0, rows.flatten())
@@ -1101,15 +1154,16 @@ def share_prefixes(model):
 
 # ------------------------------------------------------------------------------------------------------------ the plan
 def measure_model(s: argparse.Namespace, start: argparse.Namespace) -> argparse.Namespace:
-    """Weights in all and trained, bytes of the frozen ones, and why prefixes are not shared: from shapes, without weights."""
+    """Weights in all and trained, bytes of the frozen ones, why prefixes are not shared: from shapes alone."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(start.config, dtype=getattr(torch, s.dtype, torch.bfloat16))
         reason = why_not_shared(model, s)
-        model = get_peft_model(model, PeftConfig.from_pretrained(start.adapter) if start.continues else get_peft_config(s))
+        lora = PeftConfig.from_pretrained(start.adapter) if start.continues else get_peft_config(s)
+        model = get_peft_model(model, lora)
     sizes = argparse.Namespace(total=0, trained=0, frozen=0.0, reason=reason)
     for name, weight in model.named_parameters():
         packed = (s.load_in_4bit or s.load_in_8bit) and weight.ndim == 2 and not re.search("embed|lm_head", name)
-        width = (0.516 if s.load_in_4bit else 1) if packed else weight.element_size()  # NF4 and its doubly packed scales
+        width = (0.516 if s.load_in_4bit else 1) if packed else weight.element_size()  # NF4, doubly packed scales
         trained = bool(re.search("lora_|modules_to_save", name))
         sizes.total += weight.numel()
         sizes.trained += weight.numel() * trained
@@ -1118,22 +1172,25 @@ def measure_model(s: argparse.Namespace, start: argparse.Namespace) -> argparse.
 
 
 def make_plan(s, args, start, train, held_out) -> tuple[list[str], list[str]]:
-    """(short, long) lines of what will happen, every derived number included; from config and data, never the weights."""
+    """(short, long) lines of what will happen, every derived number included; the weights are not read."""
     model, size, config = measure_model(s, start), s.per_device_train_batch_size, start.config.get_text_config()
     lengths, needed = token_lengths(train), np.asarray(train["needed_tokens"])
-    longest = np.minimum(lengths["prompt"] + np.maximum(lengths["chosen"], lengths["rejected"]), s.max_length or 1 << 30)
+    answers = np.maximum(lengths["chosen"], lengths["rejected"])
+    longest = np.minimum(lengths["prompt"] + answers, s.max_length or 1 << 30)
     shuffled = np.random.default_rng(s.seed).permutation(longest)
-    padded = sum(2 * len(rows) * int(rows.max()) for rows in (shuffled[i : i + size] for i in range(0, len(train), size)))
+    batches = [shuffled[i : i + size] for i in range(0, len(train), size)]
+    padded = sum(2 * len(rows) * int(rows.max()) for rows in batches)
     tokens = int(np.sort(needed)[-size:].sum()) if model.reason is None else 2 * size * int(longest.max())
     width, inner = (4 if s.dtype == "float32" else 2), getattr(config, "intermediate_size", 4 * config.hidden_size)
-    layer = tokens * width * (14 * config.hidden_size + 5 * inner)  # what one decoder layer keeps for its backward pass
+    layer = tokens * width * (14 * config.hidden_size + 5 * inner)  # what a decoder layer keeps for its backward pass
     kept = tokens * width * config.hidden_size if s.gradient_checkpointing else layer
     gib = {"weights": model.frozen * (2 if start.reference == "copy" else 1), "gradients": 4 * model.trained,
            "adapter": 4 * model.trained * (2 if start.reference == "adapter" else 1),
            "optimizer": model.trained * (2 if "8bit" in str(s.optim) else 8)}  # fmt: skip
     gib = {name: value / 2**30 for name, value in gib.items()}
     disk = ((s.save_total_limit or 1) * 3 + 1) * 4 * model.trained / 2**30 + s.merge * model.frozen / 2**30
-    goal = " + ".join(f"{w:g} x {OBJECTIVES[t]}" for t, w in zip(s.loss_type, s.loss_weights or [1] * len(s.loss_type)))
+    weights = s.loss_weights or [1] * len(s.loss_type)
+    goal = " + ".join(f"{weight:g} x {OBJECTIVES[name]}" for name, weight in zip(s.loss_type, weights))
     goal += "; equals sigmoid, as label_smoothing is 0" if s.loss_type == ["robust"] and not s.label_smoothing else ""
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type
     quantiles = {k: np.quantile(v, [0.05, 0.5, 0.95, 1]).astype(int).tolist() for k, v in lengths.items()}
@@ -1151,9 +1208,10 @@ def make_plan(s, args, start, train, held_out) -> tuple[list[str], list[str]]:
     }  # fmt: skip
     long = {
         "tokens": "5%, median, 95%, longest: " + ", ".join(f"{name} {values}" for name, values in quantiles.items()),
-        "per epoch": f"{needed.sum():,} tokens with shared prefixes, {padded:,} in padded rows ({padded / needed.sum():.2f} x)",
-        "memory": ", ".join(f"{k} {v:.2f}" for k, v in gib.items()) + f" = {sum(gib.values()):.2f} GiB, exact on one device; "
-                  f"activations add some {(config.num_hidden_layers * kept + 2 * layer) / 2**30:.2f} GiB (an estimate)",
+        "per epoch": f"{needed.sum():,} tokens with shared prefixes, {padded:,} in padded rows "
+                     f"({padded / needed.sum():.2f} x)",
+        "memory": ", ".join(f"{k} {v:.2f}" for k, v in gib.items()) + f" = {sum(gib.values()):.2f} GiB, exact on one "
+                  f"device; activations add {(config.num_hidden_layers * kept + 2 * layer) / 2**30:.2f} (an estimate)",
         "disk": f"{disk:.2f} GiB in {s.output_dir}",
     }  # fmt: skip
     return [f"{k:>10}  {v}" for k, v in short.items()], [f"{k:>10}  {v}" for k, v in long.items()]
@@ -1166,19 +1224,19 @@ RECENT = 5  # log lines that make "now": fewer are noise, more hide a turn
 ADVICE = {  # kind: (when, what to say), in the numbers of `advise`; beside each threshold, its reason
     "flat": (  # 0.01 of margin at beta 0.1 is a tenth of a nat; healthy runs are past it after a quarter of the steps
         lambda n: n["step"] >= 20 and n["done"] >= 0.25 and abs(n["loss"] - LN2) < 0.005 and abs(n["margin"]) < 0.01,
-        "Nothing moves: after {step} of {planned} steps the loss is {loss:.4f} (ln 2 is 0.6931), the margin {margin:.4f}: "
+        "Nothing moves: after {step} of {planned} steps loss is {loss:.4f} (ln 2 is 0.6931), the margin {margin:.4f}: "
         "learning_rate {lr:g} is too small for LoRA, or the adapter is frozen; 5e-6 is usual, try ten times yours."),
     "labels": (  # published runs are above 0.65 after a third of the steps; 0.55 is little better than chance
         lambda n: n["step"] >= 20 and n["done"] >= 0.33 and n["accuracy"] < 0.55 and abs(n["margin"]) >= 0.01,
-        "rewards/accuracies is {accuracy:.2f} after {step} of {planned} steps although the policy moves: look at the pairs "
+        "rewards/accuracies is {accuracy:.2f} after {step} of {planned} steps, and yet the policy moves: see the pairs "
         "(`--dry_run true`): chosen and rejected may be swapped, mixed, alike, or cut off."),
     "displacement": (  # healthy runs end with the chosen answers at most 20 nats (2 at beta 0.1) less likely
         lambda n: n["margin"] > 0.5 and n["chosen"] / n["beta"] < -25,
-        "rewards/chosen fell to {chosen:.2f} while margins grew to {margin:.2f}: chosen answers lose likelihood too; raise "
+        "rewards/chosen fell to {chosen:.2f} as margins grew to {margin:.2f}: chosen answers lose likelihood too; raise "
         "beta (now {beta:g}), or add an SFT term: `loss_type: [sigmoid, sft]` with `loss_weights: [1.0, 0.2]`."),
     "overfitting": (  # the best held-out accuracy lies above the 95% interval of the last
         lambda n: n["train_accuracy"] > 0.95 and n["eval_best"] > n["eval_high"],
-        "Train accuracies are {train_accuracy:.2f}, but held-out ones fell from {eval_best:.3f} at step {eval_best_step} to "
+        "Train accuracies are {train_accuracy:.2f}, held-out ones fell from {eval_best:.3f} at step {eval_best_step} to "
         "{eval_last:.3f}: overfitting; stop at that step (`max_steps: {eval_best_step}`), or train fewer epochs."),
     "divergence": (  # an answer e^200 times likelier or less likely: beta's pull no longer matters
         lambda n: n["nats"] > 200,
@@ -1186,10 +1244,10 @@ ADVICE = {  # kind: (when, what to say), in the numbers of `advise`; beside each
         "learning_rate ({lr:g})."),
     "longer": (  # half as long again is more than sampling noise
         lambda n: n["length_ratio"] > 1.5,
-        "Answers grew {length_ratio:.1f} times as long: the pairs may prefer length; try `loss_type: sigmoid_norm`, which "
-        "divides by it, or a larger beta (now {beta:g})."),
+        "Answers grew {length_ratio:.1f} times as long as the pairs ask for: length itself may have been learned; try "
+        "`loss_type: sigmoid_norm`, which divides by it, or a larger beta (now {beta:g})."),
     "runaway": (  # thirty times ln 2, or answers e^1000 times less likely: nothing of the model is left
-        lambda n: n["sigmoid"] and n["loss"] > 20 or n["nats"] > 1000,
+        lambda n: (n["sigmoid"] and n["loss"] > 20) or n["nats"] > 1000,
         "Stopped at step {step}: loss {loss:.3g}, {nats:.0f} nats per answer from the reference: learning_rate {lr:g} "
         "destroys the model, 5e-6 is usual for LoRA. Checkpoints from before are kept."),
     "not finite": (  # raised by the trainer, at the step itself
@@ -1197,14 +1255,14 @@ ADVICE = {  # kind: (when, what to say), in the numbers of `advise`; beside each
         "The {what} is not finite at step {step}: stopped at once, the last checkpoint is kept. Lower learning_rate "
         "({lr:g}), raise beta, or train in bf16 instead of fp16."),
 }
-COLUMNS = {"step": "7d", "loss": "8.4f", "rewards/margins": "8.4f", "rewards/accuracies": "11.3f", "rewards/chosen": "8.4f",
-           "rewards/rejected": "9.4f", "learning_rate": "14.2e", "pairs/s": "8.2f"}
+COLUMNS = {"step": "7d", "loss": "8.4f", "rewards/margins": "8.4f", "rewards/accuracies": "11.3f",
+           "rewards/chosen": "8.4f", "rewards/rejected": "9.4f", "learning_rate": "14.2e", "pairs/s": "8.2f"}
 TIMINGS = re.compile("runtime|per_second|flos|preparation_time")  # of one machine: not in metrics.jsonl
 # fmt: on
 
 
 def advise(history: list[dict], s: argparse.Namespace, length_ratio: float = 0.0) -> dict[str, str]:
-    """{kind: sentence} of the advice that the log lines so far call for; too few lines make nan, on which none fires."""
+    """{kind: sentence} of the advice that the log lines so far call for; too few make nan, on which none fires."""
     train, held_out = ([row for row in history if key in row] for key in ("loss", "eval_loss"))
     keys = {"loss": "loss", "margin": "rewards/margins", "chosen": "rewards/chosen", "rejected": "rewards/rejected",
             "train_accuracy": "rewards/accuracies"}  # fmt: skip
@@ -1212,7 +1270,10 @@ def advise(history: list[dict], s: argparse.Namespace, length_ratio: float = 0.0
     n = {k: float(np.mean([r[key] for r in train[-RECENT:]])) if enough else math.nan for k, key in keys.items()}
     last = held_out[-1] if held_out else {}
     best = max(held_out, key=lambda row: row["eval_rewards/accuracies"], default={})
-    n |= {k: last.get(f"eval_rewards/accuracies{end}", math.nan) for k, end in (("eval_last", ""), ("eval_high", "_high"))}
+    n |= {
+        k: last.get(f"eval_rewards/accuracies{end}", math.nan)
+        for k, end in (("eval_last", ""), ("eval_high", "_high"))
+    }
     n |= {"eval_best": best.get("eval_rewards/accuracies", math.nan), "eval_best_step": best.get("step", 0)}
     n |= {"beta": s.beta, "lr": s.learning_rate, "sigmoid": s.loss_type == ["sigmoid"], "length_ratio": length_ratio}
     n |= {"step": max((row["step"] for row in history), default=0), "planned": s.planned_steps}
@@ -1237,7 +1298,7 @@ class Report(TrainerCallback):
         hidden = True if args.disable_tqdm or not is_main() else None  # None: only on a terminal
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, disable=hidden, dynamic_ncols=True)
         path = self.folder / "metrics.jsonl"
-        if is_main() and path.exists():  # lines after the checkpoint come again; a line torn by a crash is not whole JSON
+        if is_main() and path.exists():  # lines after the checkpoint come again; one torn by a crash is no JSON
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
             write_file(path, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= state.global_step))
 
@@ -1287,7 +1348,7 @@ class Report(TrainerCallback):
 
 
 def draw_rewards(history: list[dict], s: argparse.Namespace, path: Path) -> None:
-    """rewards.png: rewards with the margin between them, accuracies, loss; styles tell lines apart, not colours alone."""
+    """rewards.png: rewards with the margin between them, accuracies, loss; legible without colours."""
     train, held_out = (pd.DataFrame([row for row in history if key in row]) for key in ("loss", "eval_loss"))
     figure = Figure(figsize=(13, 4), layout="constrained")
     rewards, accuracies, losses = figure.subplots(1, 3)
@@ -1295,8 +1356,12 @@ def draw_rewards(history: list[dict], s: argparse.Namespace, path: Path) -> None
         rewards.plot(train["step"], train[f"rewards/{name}"], line, color=colour, lw=2, label=name)
         if len(held_out):
             label = f"{name}, held-out"
-            rewards.plot(held_out["step"], held_out[f"eval_rewards/{name}"], marker, color=colour, mec="k", label=label)
-    rewards.fill_between(train["step"], train["rewards/chosen"], train["rewards/rejected"], color="0.88", label="margin")
+            rewards.plot(
+                held_out["step"], held_out[f"eval_rewards/{name}"], marker, color=colour, mec="k", label=label
+            )
+    rewards.fill_between(
+        train["step"], train["rewards/chosen"], train["rewards/rejected"], color="0.88", label="margin"
+    )
     later = train[train["rewards/margins"] != 0]  # until the first update all pairs tie, which counts as wrong
     smooth = later["rewards/accuracies"].ewm(alpha=0.3).mean()
     accuracies.plot(later["step"], smooth, color="C0", lw=2, label="train, smoothed")
@@ -1341,8 +1406,10 @@ def answer_prompts(trainer, model, prompts: list[list[int]], mode: str, seed: in
 
 def sample_answers(trainer: PreferenceTrainer, s: argparse.Namespace) -> list[dict]:
     """Held-out prompts answered by reference and policy, greedy and sampled, each with its length and reward."""
-    policy, decode, samples = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class.decode, []
-    prompts = [row["prompt_ids"] for row in trainer.eval_dataset.select(range(min(s.sample_prompts, len(trainer.eval_dataset))))]
+    policy, decode = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class.decode
+    samples: list[dict] = []
+    held_out = trainer.eval_dataset.select(range(min(s.sample_prompts, len(trainer.eval_dataset))))
+    prompts = [row["prompt_ids"] for row in held_out]
     for mode in MODES:
         mine = answer_prompts(trainer, policy, prompts, mode, s.seed)
         with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):  # of no effect on a second model
@@ -1350,47 +1417,56 @@ def sample_answers(trainer: PreferenceTrainer, s: argparse.Namespace) -> list[di
         for prompt, chosen, rejected in zip(prompts, mine, other, strict=True):
             batch = trainer.data_collator([{"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}])
             logps = [value.item() for value in trainer.pair_logps(policy, trainer._prepare_inputs(batch))[:4]]
-            samples.append({"mode": mode, "prompt": decode(prompt), "policy": decode(chosen), "reference": decode(rejected),
-                            "policy_tokens": len(chosen), "reference_tokens": len(rejected),
-                            "policy_reward": s.beta * (logps[0] - logps[2]), "reference_reward": s.beta * (logps[1] - logps[3])})  # fmt: skip
+            samples.append({"mode": mode, "prompt": decode(prompt), "policy": decode(chosen),
+                            "reference": decode(rejected), "policy_tokens": len(chosen),
+                            "reference_tokens": len(rejected),
+                            "policy_reward": s.beta * (logps[0] - logps[2]),
+                            "reference_reward": s.beta * (logps[1] - logps[3])})  # fmt: skip
     return samples
 
 
 def show_samples(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) -> None:
-    """samples.md, the first answers on the console, and advice if they grew longer."""
+    """samples.md, the first answers on the console, and advice if they grew longer than the pairs ask for."""
     if is_sharded() or trainer.eval_dataset is None or not s.sample_prompts:
         return say("no samples: the model is sharded over processes") if is_sharded() else None
     if is_main():
-        samples, text = sample_answers(trainer, s), ["# Held-out prompts, answered by reference and policy\n\nGreedy, then sampled at "
-                        f"temperature 1 with seed {s.seed}; reward = beta * (log pi - log pi_ref).\n"]  # fmt: skip
-        for sample in samples:
-            text.append(f"## {sample['mode']}\n\n```text\n{sample['prompt']}\n```\n")
-            text += [f"**{who}**, {sample[f'{who}_tokens']} tokens, reward {sample[f'{who}_reward']:.4f}\n\n```text\n{sample[who]}\n```\n"
-                     for who in ("reference", "policy")]  # fmt: skip
+        samples, who = sample_answers(trainer, s), ("reference", "policy")
+        text = ["# Held-out prompts, answered by reference and policy\n",
+                f"Greedy, then sampled (seed {s.seed}); reward = beta * (log pi - log pi_ref).\n"]  # fmt: skip
+        for row in samples:
+            text.append(f"## {row['mode']}\n\n```text\n{row['prompt']}\n```\n")
+            for name in who:
+                head = f"**{name}**, {row[f'{name}_tokens']} tokens, reward {row[f'{name}_reward']:.4f}"
+                text.append(f"{head}\n\n```text\n{row[name]}\n```\n")
         write_file(Path(s.output_dir, "samples.md"), "\n".join(text))
-        for sample in samples[:3]:
-            say("", sample["prompt"][-300:].strip(), *(f"  {who}: {sample[who][:200]!r} (reward {sample[f'{who}_reward']:.2f})"
-                                                       for who in ("reference", "policy")))  # fmt: skip
-        longer = sum(sample["policy_tokens"] for sample in samples) / sum(sample["reference_tokens"] for sample in samples)
-        report.give(advise(trainer.state.log_history, s, longer))
+        for row in samples[:3]:
+            answers = [f"  {name}: {row[name][:200]!r} (reward {row[f'{name}_reward']:.2f})" for name in who]
+            say("", row["prompt"][-300:].strip(), *answers)
+        asked = token_lengths(trainer.train_dataset)
+        asked = max(1.0, asked["chosen"].mean() / asked["rejected"].mean())
+        before, after = (np.mean([row[f"{name}_tokens"] for row in samples]) for name in who)
+        report.give(advise(trainer.state.log_history, s, after / before / asked))
     trainer.accelerator.wait_for_everyone()
 
 
 def summarize(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) -> str:
     """Held-out figures first and last, steps, time, speed, memory, advice, files, and the next command."""
     held_out = [row for row in trainer.state.log_history if "eval_loss" in row]
-    steps, seconds = trainer.state.global_step - report.first_step, time.time() - report.begun
-    lines = [f"{trainer.state.global_step} steps of {s.global_batch_size} pairs, {steps} of them in this run of {seconds / 60:.1f} minutes: "
-             f"{steps * s.global_batch_size / seconds:.2f} pairs/s, evaluation and saving included"]  # fmt: skip
+    done, seconds = trainer.state.global_step - report.first_step, time.time() - report.begun
+    speed = f"{done * s.global_batch_size / seconds:.2f} pairs/s with evaluation and saving"
+    whole = f"{trainer.state.global_step} steps of {s.global_batch_size} pairs"
+    lines = [f"{whole}; this run: {done} in {seconds / 60:.1f} minutes, {speed}"]
     for name, row in zip(("first", "last"), held_out[:1] + held_out[-1:]):
-        figures = ", ".join(f"{k} {row[f'eval_{k}']:.4f}" for k in [k for k in COLUMNS if f"eval_{k}" in row])
-        lines.append(f"held-out, {name} (step {row['step']}): {figures}")
-    lines += [f"peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"] if torch.cuda.is_available() else []
+        figures = [f"{k} {row[f'eval_{k}']:.4f}" for k in COLUMNS if f"eval_{k}" in row]
+        lines.append(f"held-out, {name} (step {row['step']}): {', '.join(figures)}")
+    if trainer.accelerator.device.type == "cuda":
+        lines.append(f"peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     lines += [f"! {text}" for text in report.advice.values()]
-    files = [name for name in ("metrics.jsonl", "rewards.png", "samples.md", "merged") if Path(s.output_dir, name).exists()]
+    names = ("metrics.jsonl", "rewards.png", "samples.md", "merged")
+    files = [name for name in names if Path(s.output_dir, name).exists()]
     lines.append(f"in {s.output_dir}: the adapter, {', '.join(files)}")
-    code = f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({s.output_dir!r}).merge_and_unload().save_pretrained('merged')"
-    lines.append(f'next: merge it into its base, `python -c "{code}"`')
+    load = f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({s.output_dir!r})"
+    lines.append(f"next: merge it into its base, `python -c \"{load}.merge_and_unload().save_pretrained('merged')\"`")
     return "\n".join(lines)
 
 
@@ -1398,10 +1474,11 @@ def summarize(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report)
 MANIFEST = "manifest.json"  # in each whole checkpoint: its files and their sizes, the data's hash, running averages
 # fmt: off
 FREE = {  # settings in which a run and its continuation may differ: the result stays the same, up to rounding
-    "output_dir", "overwrite", "dry_run", "per_device_train_batch_size", "per_device_eval_batch_size", "save_total_limit",
-    "gradient_accumulation_steps", "report_to", "run_name", "disable_tqdm", "log_level", "dataloader_num_workers", "merge",
-    "dataset_num_proc", "sample_prompts", "ddp_timeout", "save_steps", "precompute_ref_log_probs", "share_prefixes", "fsdp",
+    "output_dir", "overwrite", "dry_run", "per_device_train_batch_size", "per_device_eval_batch_size", "merge", "fsdp",
+    "gradient_accumulation_steps", "report_to", "run_name", "disable_tqdm", "log_level", "dataloader_num_workers",
+    "dataset_num_proc", "sample_prompts", "ddp_timeout", "save_steps", "precompute_ref_log_probs", "share_prefixes",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "fsdp_config", "deepspeed", "local_rank", "use_cpu",
+    "save_total_limit",
 }
 # fmt: on
 
@@ -1451,8 +1528,8 @@ def open_output(s: argparse.Namespace) -> FileLock | nullcontext:
     if names or (foreign and not before):
         what = "a run with other settings" if before else "files that are no run of this program"
         changes = "".join(f"\n  {name}: {before.get(name)} there, {now.get(name)} here" for name in names)
-        raise UserError(f"output_dir={folder}: holds {what}; choose another output_dir, or `--overwrite true`, which moves "
-                        f"the old one aside{changes}")  # fmt: skip
+        ways = "choose another output_dir, or `--overwrite true`, which moves the old one aside"
+        raise UserError(f"output_dir={folder}: holds {what}; {ways}{changes}")
     return lock
 
 
@@ -1473,8 +1550,8 @@ def resume_point(trainer: PreferenceTrainer, folder: Path) -> str | None:
     trainer.accelerator.wait_for_everyone()
     newest = next(reversed(sort_checkpoints(str(folder))), None)
     if newest and json.loads(Path(newest, MANIFEST).read_text(encoding="utf-8"))["data"] != trainer.data_hash:
-        raise UserError(f"dataset_name: its pairs are not those that {newest} was trained on; restore them, choose another "
-                        "output_dir, or `--overwrite true`")  # fmt: skip
+        ways = "restore them, choose another output_dir, or `--overwrite true`"
+        raise UserError(f"dataset_name: its pairs are not those that {newest} was trained on; {ways}")
     say(*([f"continuing from {newest}"] if newest else []))
     return newest
 
@@ -1505,8 +1582,9 @@ class Interruption(TrainerCallback):
 
 def merge_adapter(trainer: PreferenceTrainer, s: argparse.Namespace) -> None:
     """The merged model in OUTPUT_DIR/merged, and how far its logits are from those of adapter plus base."""
-    policy, data = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.eval_dataset or trainer.train_dataset
-    rows = [torch.tensor([row["prompt_ids"]], device=policy.device) for row in data.select(range(min(8, len(data))))]
+    policy = trainer.accelerator.unwrap_model(trainer.model).eval()
+    pairs = (trainer.eval_dataset or trainer.train_dataset).take(8)
+    rows = [torch.tensor([pair["prompt_ids"]], device=policy.device) for pair in pairs]
     with torch.no_grad(), trainer.accelerator.autocast():
         before = torch.stack([policy(row).logits[0, -1].float() for row in rows])
         merged = policy.merge_and_unload()
@@ -1514,8 +1592,9 @@ def merge_adapter(trainer: PreferenceTrainer, s: argparse.Namespace) -> None:
     for part in (merged, trainer.processing_class):
         part.save_pretrained(Path(s.output_dir, "merged.incomplete"))
     Path(s.output_dir, "merged.incomplete").rename(Path(s.output_dir, "merged"))
-    say(f"merged: next-token logits of {len(rows)} prompts differ by {(before - after).abs().max():.2g} at most from adapter "
-        f"plus base; the likeliest token is the same for {(before.argmax(-1) == after.argmax(-1)).sum()}")  # fmt: skip
+    gap, same = (before - after).abs().max(), (before.argmax(-1) == after.argmax(-1)).sum()
+    say(f"merged: next-token logits of {len(rows)} prompts differ by {gap:.2g} at most from adapter plus base; the "
+        f"likeliest token is the same for {same}")  # fmt: skip
 
 
 def finish(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) -> None:

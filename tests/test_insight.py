@@ -14,13 +14,25 @@ ROOT = Path(dpotrainer.__file__).parent
 
 
 def settings(**changes):
-    values = {"beta": 0.1, "learning_rate": 5e-6, "planned_steps": 950, "loss_type": ["sigmoid"], "global_batch_size": 64}
+    values = {
+        "beta": 0.1,
+        "learning_rate": 5e-6,
+        "planned_steps": 950,
+        "loss_type": ["sigmoid"],
+        "global_batch_size": 64,
+    }
     values |= {"model_name_or_path": "org/model", "dataset_name": "org/data", "output_dir": "out"} | changes
     return argparse.Namespace(**values)
 
 
 def train_row(step, loss=0.55, margin=0.6, accuracy=0.72, chosen=-0.3, **more):
-    row = {"step": step, "loss": loss, "rewards/margins": margin, "rewards/accuracies": accuracy, "rewards/chosen": chosen}
+    row = {
+        "step": step,
+        "loss": loss,
+        "rewards/margins": margin,
+        "rewards/accuracies": accuracy,
+        "rewards/chosen": chosen,
+    }
     return row | {"rewards/rejected": chosen - margin, "learning_rate": 5e-6} | more
 
 
@@ -67,7 +79,12 @@ def displaced():
 
 def overfitted():
     rows = [train_row(step, 0.05, 4.0, 0.99) for step in range(10, 100, 10)]
-    return [*rows, eval_row(100, 0.76), *[train_row(step, 0.02, 6.0, 1.0) for step in range(110, 300, 10)], eval_row(300, 0.66)]
+    return [
+        *rows,
+        eval_row(100, 0.76),
+        *[train_row(step, 0.02, 6.0, 1.0) for step in range(110, 300, 10)],
+        eval_row(300, 0.66),
+    ]
 
 
 def diverged(nats):

@@ -17,7 +17,9 @@ def dry_run(tmp_path_factory):
     """(model folder, pairs, text of a dry run)."""
     folder = tmp_path_factory.mktemp("plan")
     model, data = tiny.make_model(folder / "model"), tiny.make_pairs(folder / "pairs.jsonl", 60)
-    flags = tiny.settings(model, data, folder / "out", dry_run=True, global_batch_size=8, per_device_train_batch_size=2)
+    flags = tiny.settings(
+        model, data, folder / "out", dry_run=True, global_batch_size=8, per_device_train_batch_size=2
+    )
     done = tiny.run_program(flags)
     assert done.returncode == 0, done.stderr
     assert not (folder / "out").exists(), "a dry run writes nothing"

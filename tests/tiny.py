@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -42,8 +44,8 @@ one two three four five six seven eight nine ten 猫 狗 水 山 红 绿""".spli
 
 
 # ------------------------------------------------------------------------------------------------- models and pairs
-def make_pair(rng: random.Random) -> dict:
-    """A question with a polite answer, chosen, and a curt one, rejected; lengths vary, some have several turns."""
+def make_pair(rng: random.Random, flipped: float = 0.0) -> dict:
+    """A question with a polite answer, chosen, and a curt one, rejected; a share is flipped, so that no accuracy is 1."""
 
     def words(low, high):
         return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
@@ -52,19 +54,18 @@ def make_pair(rng: random.Random) -> dict:
     if rng.random() < 0.3:
         history += [{"role": "user", "content": f"Where is the {words(1, 3)}?"},
                     {"role": "assistant", "content": f"By the {words(1, 2)}."}]  # fmt: skip
-    fact = words(1, 6)
-    return {
-        "prompt": [*history, {"role": "user", "content": f"What is {words(1, 12)}?"}],
-        "chosen": [{"role": "assistant", "content": f"Good question! It is {fact}. {words(0, 8)}".strip()}],
-        "rejected": [{"role": "assistant", "content": f"It is {fact}, no more {words(0, 5)}".strip()}],
-    }
+    prompt, fact = [*history, {"role": "user", "content": f"What is {words(1, 12)}?"}], words(1, 6)
+    polite, curt = f"Good question! It is {fact}. {words(0, 8)}", f"It is {fact}, no more {words(0, 5)}"
+    answers = [[{"role": "assistant", "content": text.strip()}] for text in (polite, curt)]
+    return dict(zip(("prompt", "chosen", "rejected"), (prompt, *answers[:: -1 if rng.random() < flipped else 1])))
 
 
-def make_pairs(path: Path, n: int, seed: int = 0) -> Path:
-    """Write n conversational preference pairs as jsonl."""
+def make_pairs(path: Path, n: int, seed: int = 0, flipped: float = 0.2) -> Path:
+    """Write n conversational preference pairs of varied lengths as jsonl."""
     rng = random.Random(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(make_pair(rng), ensure_ascii=False) + "\n" for _ in range(n)), encoding="utf-8")
+    lines = [json.dumps(make_pair(rng, flipped), ensure_ascii=False) + "\n" for _ in range(n)]
+    path.write_text("".join(lines), encoding="utf-8")
     return path
 
 
@@ -127,12 +128,52 @@ def run_program(flags: list[str], program: Path = PROGRAM, **options) -> subproc
     return subprocess.run([sys.executable, program, *map(str, flags)], **options)
 
 
-def wait_until(condition, seconds: float = 60.0, process: subprocess.Popen | None = None) -> None:
+def _be_the_program(flags: list[str], log: Path, variables: dict, changes: tuple[Callable, ...]) -> None:
+    with open(log, "ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    import dpotrainer
+
+    for change in changes:
+        change(dpotrainer)
+    sys.exit(dpotrainer.main(flags))
+
+
+def start_program(flags: list[str], log: Path, *changes: Callable, **variables) -> multiprocessing.Process:
+    """The program in a process of its own, with `variables` in its environment; what it prints is added to log.
+
+    Each of `changes` is called with the module before. The process is forked from a server that has the libraries loaded,
+    which saves the seconds of their import.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dpotrainer"])
+    path, os.environ["PYTHONPATH"] = os.environ.get("PYTHONPATH", ""), os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    process = context.Process(target=_be_the_program, args=(list(map(str, flags)), log, variables, changes))
+    process.start()
+    os.environ["PYTHONPATH"] = path
+    return process
+
+
+def no_pictures(program) -> None:
+    """Leave rewards.png empty: drawing takes longer than training here."""
+    program.Figure.savefig = lambda self, path, **options: Path(path).touch()
+
+
+def end_program(process: multiprocessing.Process, seconds: float = 90.0) -> int:
+    """Its exit status, as a shell would tell it; fails and kills it when it takes longer."""
+    process.join(seconds)
+    if process.is_alive():
+        process.kill()
+        raise AssertionError(f"not over after {seconds} seconds")
+    return process.exitcode
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0, process=None) -> None:
     """Until condition() holds; fails when the time is over, or when the process ended before."""
     end = time.monotonic() + seconds
     while not condition():
-        ended = process is not None and process.poll() is not None
-        assert not ended or condition(), f"ended with status {process.returncode} too early"
+        assert process is None or process.is_alive() or condition(), f"ended with {process.exitcode} too early"
         assert time.monotonic() < end, f"not within {seconds} seconds"
         time.sleep(0.005)
 

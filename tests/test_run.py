@@ -1,0 +1,472 @@
+"""A run from start to end, what it leaves, and every way in which it can be broken off, damaged or started twice."""
+
+import functools
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+import dpotrainer
+
+TOKEN = "hf_thisIsASecretOfTheTests"
+KEPT = ("adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "settings.yaml")  # equal after any fault
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """(model, data): a tiny Qwen3 and a folder of 48 pairs to train on and 9 held out."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.make_pairs(folder / "pairs" / "train.jsonl", 48, seed=1)
+    tiny.make_pairs(folder / "pairs" / "test.jsonl", 9, seed=2)
+    return tiny.make_model(folder / "model"), folder / "pairs"
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    """(output_dir, what was printed) of a run that nothing disturbed: 12 steps, a checkpoint at each fourth."""
+    folder = tmp_path_factory.mktemp("finished")
+    flags = tiny.settings(*inputs, folder / "out", sample_prompts=2)
+    process = tiny.start_program(flags, folder / "log", HF_TOKEN=TOKEN)
+    assert tiny.end_program(process) == 0, (folder / "log").read_text()
+    return folder / "out", (folder / "log").read_text()
+
+
+@pytest.fixture(scope="module")
+def stopped(inputs, tmp_path_factory):
+    """output_dir of a run that SIGTERM ended at step 6: checkpoint-4 and checkpoint-6. Copy it."""
+    folder = tmp_path_factory.mktemp("stopped")
+    flags = tiny.settings(*inputs, folder / "out")
+    process = tiny.start_program(flags, folder / "log", tiny.no_pictures, functools.partial(send, at=6, signals=[signal.SIGTERM]))
+    assert tiny.end_program(process) == 143, (folder / "log").read_text()
+    return folder / "out"
+
+
+@pytest.fixture
+def run(inputs, tmp_path):
+    """run(*changes of the program, status=0, settings) -> what was printed; in a process of its own, into tmp_path/out."""
+
+    def start(*changes, status=0, data=inputs[1], **settings):
+        log = tmp_path / f"log-{len(list(tmp_path.glob('log-*')))}"
+        flags = tiny.settings(inputs[0], data, tmp_path / "out", **settings)
+        ended = tiny.end_program(tiny.start_program(flags, log, tiny.no_pictures, *changes))
+        assert ended == status, log.read_text()
+        return log.read_text()
+
+    return start
+
+
+def same_result(folder: Path, expected: Path) -> None:
+    """Adapter and metrics are those of the undisturbed run, to the bit."""
+    assert tiny.losses(folder) == tiny.losses(expected)
+    for name in KEPT[:3]:
+        assert tiny.hash_file(folder / name) == tiny.hash_file(expected / name), name
+
+
+# ------------------------------------------------------------------------------------- changes of the program, by name
+def at_step(program, step, do):
+    """Call do(trainer) at the beginning of a training step."""
+    training_step = program.PreferenceTrainer.training_step
+
+    def changed(self, *args, **kwargs):
+        if self.state.global_step + 1 == step:
+            do(self)
+        return training_step(self, *args, **kwargs)
+
+    program.PreferenceTrainer.training_step = changed
+
+
+def send(program, at, signals):
+    at_step(program, at, lambda trainer: [os.kill(os.getpid(), number) for number in signals])
+
+
+def wait_for(program, at, path):
+    """Stand still at a step, after leaving a mark, until a file appears."""
+
+    def wait(trainer):
+        Path(f"{path}.reached").touch()
+        tiny.wait_until(path.exists)
+
+    at_step(program, at, wait)
+
+
+def poison(program, at, value):
+    """A weight that is not finite."""
+
+    def spoil(trainer):
+        weight = next(p for name, p in trainer.model.named_parameters() if "lora_A" in name)
+        weight.data[0, 0] = value
+
+    at_step(program, at, spoil)
+
+
+def limit_files(program, at, size):
+    at_step(program, at, lambda trainer: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+
+
+def die_at_rename(program, name):
+    """kill -9 in the moment before a file gets its name."""
+    replace = os.replace
+
+    def changed(source, target, **options):
+        if Path(target).name == name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replace(source, target, **options)
+
+    os.replace = changed
+
+
+def die_in_torch_save(program, name, step):
+    """kill -9 with half of a file of a checkpoint written."""
+    save = torch.save
+
+    def changed(value, file, *args, **options):
+        save(value, file, *args, **options)
+        if str(file).endswith(f"checkpoint-{step}/{name}"):
+            os.truncate(file, os.path.getsize(file) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = changed
+
+
+# ------------------------------------------------------------------------------------------------ what a run leaves
+def test_a_run_leaves_what_the_design_says(finished):
+    folder, _ = finished
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "README.md",
+                     "settings.yaml", "metrics.jsonl", "rewards.png", "samples.md", "checkpoint-8", "checkpoint-12"}  # fmt: skip
+    assert not [name for name in names if "tmp" in name or "incomplete" in name or name == "checkpoint-4"]
+    assert (folder / "rewards.png").read_bytes().startswith(b"\x89PNG") and (folder / "samples.md").read_text().count("## ") == 4
+
+
+def test_the_first_step_is_ln_2(finished):
+    first = tiny.read_metrics(finished[0])[0]
+    assert first["step"] == 1 and abs(first["loss"] - math.log(2)) < 1e-6
+    assert first["rewards/margins"] == first["rewards/chosen"] == first["rewards/rejected"] == first["rewards/accuracies"] == 0
+
+
+def test_every_step_is_logged_once_and_evaluated_as_asked(finished):
+    folder, _ = finished
+    assert list(tiny.losses(folder)) == list(range(1, 13))
+    assert [row["step"] for row in tiny.evaluations(folder)] == [4, 8, 12]
+    for row in tiny.read_metrics(folder):
+        assert all(math.isfinite(value) for value in row.values())
+        assert not [name for name in row if "runtime" in name or "per_second" in name], "differs from run to run"
+
+
+def test_the_log_shows_the_metrics(finished):
+    folder, log = finished
+    rows = {int(line.split()[0]): line.split() for line in log.splitlines() if re.match(r" +\d+ +\d\.\d{4} ", line) and "held-out" not in line}
+    assert {step: float(row[1]) for step, row in rows.items()} == {step: round(loss, 4) for step, loss in tiny.losses(folder).items()}
+    assert "Traceback" not in log and "4,096 trainable" in log and "4 pairs = 4 per device x 1 accumulation x 1 process" in log
+
+
+def test_no_token_is_written(finished):
+    folder, log = finished
+    assert TOKEN not in log
+    for path in folder.rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
+
+
+def test_the_adapter_moved_and_the_base_did_not(inputs, run, tmp_path, finished):
+    weights = load_file(finished[0] / "adapter_model.safetensors")
+    moved = [name for name, weight in weights.items() if "lora_B" in name and weight.abs().max() > 1e-4]
+    assert len(moved) == len(weights) / 2 == 14  # 7 linear layers in each of 2 blocks
+    base = tiny.tree(inputs[0])
+    printed = run(watch_base, max_steps=3)
+    assert "base unchanged: True" in printed and tiny.tree(inputs[0]) == base
+
+
+def watch_base(program):
+    """Print whether the frozen weights in memory are the same bits after training as before."""
+    train = program.PreferenceTrainer.train
+
+    def frozen(model):
+        return {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+
+    def changed(self, *args, **kwargs):
+        before = frozen(self.model)
+        result = train(self, *args, **kwargs)
+        after = frozen(self.model)
+        same = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+        print(f"base unchanged: {bool(before) and same}")
+        return result
+
+    program.PreferenceTrainer.train = changed
+
+
+def compare_evaluation(model, output, data):
+    """The last evaluation in metrics.jsonl against the saved adapter, evaluated by the paper's formulas in float64."""
+    pairs = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
+    expected, got = tiny.evaluate_adapter(model, output, pairs), tiny.evaluations(output)[-1]
+    assert 0 < expected["eval_rewards/accuracies"] < 1, "says nothing"
+    assert got["eval_rewards/accuracies"] == expected.pop("eval_rewards/accuracies")
+    for name, value in expected.items():
+        assert abs(got[name] - value) < 1e-4, (name, got[name], value)
+
+
+def test_the_evaluation_is_that_of_the_saved_adapter(inputs, finished):
+    compare_evaluation(inputs[0], finished[0], inputs[1])
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 16])
+def test_the_evaluation_is_exact_for_any_batch(size, inputs, run, tmp_path):
+    run(per_device_eval_batch_size=size, max_steps=3, learning_rate=0.01)
+    compare_evaluation(inputs[0], tmp_path / "out", inputs[1])
+
+
+def test_the_adapter_loads_as_its_readers_load_it(inputs, finished):
+    model = AutoPeftModelForCausalLM.from_pretrained(finished[0], dtype=torch.float64).eval()
+    tokenizer = AutoTokenizer.from_pretrained(finished[0])
+    pairs = [json.loads(line) for line in (inputs[1] / "test.jsonl").read_text().splitlines()]
+    logps, last = tiny.answer_logps(model, tokenizer, pairs).mean(0), tiny.evaluations(finished[0])[-1]
+    assert abs(logps[0] - last["eval_logps/chosen"]) < 1e-4 and abs(logps[1] - last["eval_logps/rejected"]) < 1e-4
+
+
+def test_the_last_line_of_the_log_is_a_command_that_works(finished, tmp_path, monkeypatch):
+    code = re.search(r'python -c "(.*)"', finished[1])[1]
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+def test_settings_yaml_repeats_the_run(finished, tmp_path):
+    process = tiny.start_program(["--config", finished[0] / "settings.yaml", "--output_dir", tmp_path / "out"], tmp_path / "log",
+                                 tiny.no_pictures)  # fmt: skip
+    assert tiny.end_program(process) == 0
+    same_result(tmp_path / "out", finished[0])
+    assert re.match(r"# .*--config .*settings.yaml.* torch 2", (tmp_path / "out" / "settings.yaml").read_text())
+
+
+# ------------------------------------------------------------------------------------- the same folder once more
+def test_a_finished_run_says_so_and_does_nothing(inputs, finished, capsys):
+    before = tiny.tree(finished[0])
+    assert dpotrainer.main(tiny.settings(*inputs, finished[0], sample_prompts=2)) == 0
+    assert "nothing to do" in capsys.readouterr().out and tiny.tree(finished[0]) == before
+
+
+def test_other_settings_are_refused_with_the_differences(inputs, finished, capsys):
+    before = tiny.tree(finished[0])
+    assert dpotrainer.main(tiny.settings(*inputs, finished[0], beta=0.2, lora_r=8, per_device_train_batch_size=2)) == 2
+    message = capsys.readouterr().err
+    assert "beta: 0.1 there, 0.2 here" in message and "lora_r: 4 there, 8 here" in message
+    assert "per_device_train_batch_size" not in message, "changes no result"
+    assert "another output_dir" in message and "--overwrite true" in message and tiny.tree(finished[0]) == before
+
+
+def test_overwrite_moves_the_old_run_aside(run, stopped, tmp_path):
+    for _ in range(2):
+        shutil.copytree(stopped, tmp_path / "out", dirs_exist_ok=True)
+    before = tiny.tree(stopped)
+    run(max_steps=2, beta=0.2, overwrite=True)
+    assert tiny.tree(tmp_path / "out-old") == before and list(tiny.losses(tmp_path / "out")) == [1, 2]
+    run(max_steps=1, overwrite=True)
+    assert list(tiny.losses(tmp_path / "out-old-2")) == [1, 2] and tiny.tree(tmp_path / "out-old") == before
+
+
+def test_files_of_somebody_else_are_left_alone(inputs, tmp_path, capsys):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("years of work")
+    assert dpotrainer.main(tiny.settings(*inputs, folder)) == 2
+    message = capsys.readouterr().err
+    assert "no run of this program" in message and "another output_dir" in message
+    assert [path.name for path in folder.iterdir() if path.name != ".lock"] == ["thesis.tex"]
+
+
+def test_two_runs_at_once_in_one_folder_are_refused(inputs, finished, tmp_path, capsys):
+    flags, release = tiny.settings(*inputs, tmp_path / "out"), tmp_path / "release"
+    first = tiny.start_program(flags, tmp_path / "log", tiny.no_pictures, functools.partial(wait_for, at=3, path=release))
+    tiny.wait_until(Path(f"{release}.reached").exists, process=first)
+    for more in ([], ["--overwrite", "true"], ["--beta", "0.2"]):
+        assert dpotrainer.main([*flags, *more]) == 2
+        assert "another run" in capsys.readouterr().err
+    release.touch()
+    assert tiny.end_program(first) == 0 and not list(tmp_path.glob("out-old*"))
+    same_result(tmp_path / "out", finished[0])
+
+
+# --------------------------------------------------------------------------------------------------- interruptions
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_same_command_continues(number, status, run, finished, tmp_path):
+    printed = run(functools.partial(send, at=6, signals=[number]), status=status)
+    assert "same command" in printed and "Traceback" not in printed
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names >= {"checkpoint-4", "checkpoint-6"} and not names & {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert "checkpoint-6" in run()
+    same_result(tmp_path / "out", finished[0])
+
+
+def test_resuming_is_exact_with_dropout_accumulation_epochs_and_averaged_lines(run, tmp_path):
+    """Interrupted twice, before and in the second epoch, in the middle of an accumulated line."""
+    settings = {"lora_dropout": 0.3, "logging_steps": 5, "eval_steps": 7, "save_steps": 100, "num_train_epochs": 2,
+                "global_batch_size": 8, "per_device_train_batch_size": 2}  # fmt: skip
+    run(**settings)
+    whole = (tmp_path / "out").rename(tmp_path / "whole")
+    run(functools.partial(send, at=4, signals=[signal.SIGTERM]), status=143, **settings)
+    run(functools.partial(send, at=9, signals=[signal.SIGINT]), status=130, **settings)
+    run(**settings)
+    assert list(tiny.losses(whole)) == [1, 5, 10]
+    same_result(tmp_path / "out", whole)
+
+
+def test_a_second_signal_stops_at_once(run, finished, tmp_path):
+    run(functools.partial(send, at=6, signals=[signal.SIGTERM, signal.SIGTERM]), status=-signal.SIGTERM)
+    assert not (tmp_path / "out" / "checkpoint-6").exists() and not (tmp_path / "out" / "adapter_config.json").exists()
+    run()
+    same_result(tmp_path / "out", finished[0])
+
+
+def test_a_process_of_its_own_ends_with_the_status_of_the_signal(inputs, finished, tmp_path):
+    """As a scheduler sees it: a fresh interpreter, SIGTERM from outside at whatever step."""
+    flags = tiny.settings(*inputs, tmp_path / "out", eval_steps=100)
+    shutil.copytree(finished[0], tmp_path / "other", ignore=shutil.ignore_patterns("*"))
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen([sys.executable, tiny.PROGRAM, *map(str, flags)], stdout=log, stderr=log, env=tiny.environment())
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143, (tmp_path / "log").read_text()
+    assert not (tmp_path / "out" / "adapter_config.json").exists() and list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_another_batch_per_device_may_continue(run, stopped, finished, tmp_path):
+    shutil.copytree(stopped, tmp_path / "out")
+    run(per_device_train_batch_size=2, save_steps=5, sample_prompts=1)
+    expected = tiny.losses(finished[0])
+    assert all(abs(loss - expected[step]) < 1e-5 for step, loss in tiny.losses(tmp_path / "out").items())
+
+
+def test_data_that_changed_is_refused(inputs, run, tmp_path):
+    data = shutil.copytree(inputs[1], tmp_path / "pairs")
+    run(functools.partial(send, at=2, signals=[signal.SIGTERM]), status=143, data=data)
+    before = {name: text for name, text in tiny.tree(tmp_path / "out").items() if name.startswith("checkpoint")}
+    good = (data / "train.jsonl").read_text()
+    (data / "train.jsonl").write_text(good.replace("Good question", "Bad question", 1))
+    assert "pairs" in run(status=2, data=data)
+    (data / "train.jsonl").write_text("".join(reversed(good.splitlines(keepends=True))))
+    assert "pairs" in run(status=2, data=data)
+    assert {name: text for name, text in tiny.tree(tmp_path / "out").items() if name.startswith("checkpoint")} == before
+    (data / "train.jsonl").write_text(good)
+    run(data=data, max_steps=-1)
+    assert list(tiny.losses(tmp_path / "out")) == list(range(1, 13))
+
+
+# ----------------------------------------------------------------------------------------------------------- faults
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def zero(path):
+    """The right length, but nothing in it, as after a loss of power."""
+    size = path.stat().st_size
+    path.write_bytes(bytes(size))
+
+
+DAMAGE = [("adapter_model.safetensors", cut), ("optimizer.pt", functools.partial(os.truncate, length=0)), ("optimizer.pt", zero),
+          ("trainer_state.json", cut), ("rng_state.pth", os.remove), ("adapter_model.safetensors", zero)]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, damage", DAMAGE, ids=lambda x: getattr(x, "__name__", str(x)[:24]))
+def test_a_damaged_checkpoint_is_set_aside(name, damage, run, stopped, finished, tmp_path):
+    shutil.copytree(stopped, tmp_path / "out")
+    damage(tmp_path / "out" / "checkpoint-6" / name)
+    left = tiny.tree(tmp_path / "out" / "checkpoint-6")
+    printed = run()
+    assert "incomplete-checkpoint-6" in printed and "checkpoint-4" in printed and "Traceback" not in printed
+    assert tiny.tree(tmp_path / "out" / "incomplete-checkpoint-6") == left
+    same_result(tmp_path / "out", finished[0])
+
+
+def test_without_a_whole_checkpoint_the_run_starts_over(run, stopped, finished, tmp_path):
+    shutil.copytree(stopped, tmp_path / "out")
+    for step in (4, 6):
+        (tmp_path / "out" / f"checkpoint-{step}" / "scheduler.pt").unlink()
+    run()
+    same_result(tmp_path / "out", finished[0])
+    assert {path.name for path in (tmp_path / "out").glob("incomplete-*")} == {"incomplete-checkpoint-4", "incomplete-checkpoint-6"}
+
+
+@pytest.mark.parametrize("change", [
+    functools.partial(die_in_torch_save, name="optimizer.pt", step=8), functools.partial(die_at_rename, name="manifest.json"),
+    functools.partial(die_at_rename, name="adapter_model.safetensors"), functools.partial(die_at_rename, name="adapter_config.json"),
+], ids=["optimizer", "manifest", "adapter", "last file"])  # fmt: skip
+def test_a_kill_in_the_middle_of_saving_costs_nothing(change, run, finished, tmp_path):
+    run(change, status=-signal.SIGKILL)
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    run()
+    same_result(tmp_path / "out", finished[0])
+    assert not list((tmp_path / "out").glob("*.tmp")) and not (tmp_path / "out" / "final.incomplete").exists()
+
+
+def kill_at_random(inputs, finished, folder, kills, seed):
+    flags, rng, done = tiny.settings(*inputs, folder / "out"), random.Random(seed), 0
+    for _ in range(20 * kills):
+        process = tiny.start_program(flags, folder / "log", tiny.no_pictures)
+        process.join(rng.uniform(0.2, 2.2))
+        if process.is_alive():
+            process.kill()
+            done += 1
+        status = tiny.end_program(process)
+        assert status in (0, -signal.SIGKILL), (folder / "log").read_text()
+        logged = [row["step"] for row in tiny.read_metrics(folder / "out")[:-1]] if (folder / "out/metrics.jsonl").exists() else []
+        assert logged == sorted(logged)
+        if done == kills:
+            break
+        if status == 0:  # all over too soon: once more from the start
+            same_result(folder / "out", finished)
+            shutil.rmtree(folder / "out")
+    assert done == kills
+    assert tiny.end_program(tiny.start_program(flags, folder / "log", tiny.no_pictures)) == 0, (folder / "log").read_text()
+    same_result(folder / "out", finished)
+
+
+def test_three_kills_at_random_moments(inputs, finished, tmp_path):
+    kill_at_random(inputs, finished[0], tmp_path, 3, seed=time.time_ns())
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(inputs, finished, tmp_path):
+    kill_at_random(inputs, finished[0], tmp_path, 20, seed=time.time_ns())
+
+
+def test_a_full_disk_is_told_and_older_checkpoints_stay(run, finished, tmp_path):
+    """A limit on the size of files, set before the second checkpoint, whose optimizer state no longer fits."""
+    printed = run(functools.partial(limit_files, at=8, size=40_000), status=1)
+    assert "could not be written" in printed and "room" in printed and "Traceback" not in printed
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "checkpoint-4" in names and "adapter_config.json" not in names
+    assert "checkpoint-4" in run()
+    same_result(tmp_path / "out", finished[0])
+
+
+def test_a_disk_that_is_full_at_the_end_is_told(run, finished, tmp_path):
+    """No file at all can grow: metrics.jsonl, the first to be written after that, cannot either."""
+    printed = run(functools.partial(limit_files, at=11, size=10), status=1)
+    assert "room" in printed and "Traceback" not in printed and not (tmp_path / "out" / "adapter_config.json").exists()
+    run()
+    same_result(tmp_path / "out", finished[0])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run(value, run, tmp_path):
+    printed = run(functools.partial(poison, at=6, value=value), status=1)
+    assert "not finite at step 6" in printed and "Traceback" not in printed
+    assert list(tiny.losses(tmp_path / "out")) == [1, 2, 3, 4, 5]
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "checkpoint-4" in names and not names & {"adapter_config.json", "checkpoint-6"}

@@ -1,0 +1,813 @@
+"""Shared prefixes: the packed row against TRL's padded rows, and against a dense forward of each row by itself."""
+
+import copy
+import functools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+import dpotrainer
+
+VOCABULARY = 64
+ARCHITECTURES = {  # four query heads over two key heads of 8, but for Gemma: one key head, and Llama: as many as queries
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+    "qwen2": {"num_key_value_heads": 2},
+    "llama": {"num_key_value_heads": 4},
+    "mistral": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": None},
+    "gemma": {"num_key_value_heads": 1, "head_dim": 8},
+}
+LOSS_TYPES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen")
+METRICS += ("logps/rejected", "logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy", "num_tokens")
+
+
+def pair(prompt, chosen, rejected):
+    return {"prompt_ids": list(prompt), "chosen_ids": list(chosen), "rejected_ids": list(rejected)}
+
+
+def random_pairs(count, seed, longest=12):
+    draw = torch.Generator().manual_seed(seed)
+
+    def ids(least):
+        size = int(torch.randint(least, longest + 1, (1,), generator=draw))
+        return torch.randint(3, VOCABULARY, (size,), generator=draw).tolist()
+
+    return [pair(ids(1), ids(1), ids(1)) for _ in range(count)]
+
+
+BATCHES = {
+    "answers that share a beginning": [pair([3, 4, 5], [6, 7, 8, 9], [6, 7, 10]), pair([9, 9], [9, 9, 4], [9, 5, 4, 6])],
+    "one answer a prefix of the other": [pair([3, 4], [5, 6], [5, 6, 7, 8]), pair([3, 4], [5, 6, 7, 8], [5, 6])],
+    "answers equal but for their length of one": [pair([3, 4, 5], [6], [6, 7]), pair([8], [6, 7], [6])],
+    "equal answers": [pair([3, 4, 5], [6, 7], [6, 7]), pair([3, 4], [8, 9, 10], [11])],
+    "empty prompts": [pair([], [5, 6, 7], [5, 8]), pair([], [9, 3, 4], [10, 3]), pair([], [5], [6, 7])],
+    "truncation": [pair(range(3, 20), range(20, 40), range(20, 50)), pair([3], range(3, 50), range(4, 60))],
+    "very different lengths": [pair(range(3, 23), [4], [5]), pair([7], [8, 9], [10]), pair([3, 4], [5], range(3, 23))],
+    "one pair": random_pairs(1, seed=1),
+    "many pairs": random_pairs(9, seed=2),
+}
+
+
+class RawPairs(DPOTrainer):
+    """The stock trainer over token ids: nothing to tokenize."""
+
+    def _prepare_dataset(self, dataset, *_):
+        return dataset
+
+
+@functools.cache
+def tokenizer():
+    words = {token: i for i, token in enumerate(["<pad>", "<eos>", "<bos>", *map(str, range(3, VOCABULARY))])}
+    words = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>")
+
+
+def tiny_model(architecture="qwen3", seed=0, **changes):
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(architecture, **{**sizes, **ARCHITECTURES.get(architecture, {}), **changes})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for weight in model.parameters():  # larger than a fresh model's, so that every token bears on what follows
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.2)
+    return model
+
+
+def build_trainer(model, share, tmp_path, ref_model=None, lora=True, dropout=0.0, pairs=None, **options):
+    """A DPO trainer, stock or with shared prefixes, whose LoRA has a B other than zero: the policy has moved."""
+    if share:
+        dpotrainer.share_prefixes(model)
+    options = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "max_length": 24, **options}
+    options = {"gradient_checkpointing": False, "label_smoothing": 0.1, "use_weighting": True, "beta": 0.5, **options}
+    options = {"use_cpu": True, "bf16": False, **options}
+    arguments = DPOConfig(str(tmp_path), report_to=[], save_strategy="no", disable_tqdm=True, **options)
+    collator = dpotrainer.PreferenceCollator(0, max_length=24) if share else DataCollatorForPreference(0, max_length=24)
+    layers = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = RawPairs(
+        model,
+        ref_model,
+        args=arguments,
+        data_collator=collator,
+        train_dataset=Dataset.from_list(pairs or random_pairs(7, seed=3)),
+        eval_dataset=Dataset.from_list(random_pairs(5, seed=4)),
+        processing_class=tokenizer(),
+        peft_config=layers if lora else None,
+    )
+    torch.manual_seed(7)
+    for name, weight in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    trainer.model.train()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """The stock trainer and ours, from the same weights."""
+    folder = tmp_path_factory.mktemp("both")
+    return build_trainer(tiny_model(), False, folder), build_trainer(tiny_model(), True, folder)
+
+
+def run_step(trainer, examples, loss_type="sigmoid", weighting=False, seed=0, **attributes):
+    """One step: (loss, the trainer's metrics, the gradient of every trained weight)."""
+    plain = {"ld_alpha": None, "f_divergence_type": "reverse_kl", "loss_weights": [1.0]}
+    vars(trainer).update({**plain, "loss_types": [loss_type], "use_weighting": weighting, **attributes})
+    trainer.model.train()
+    trainer._metrics["train"].clear()
+    trainer._total_train_tokens = 0
+    trainer.model.zero_grad()
+    torch.manual_seed(seed)
+    batch = trainer._prepare_inputs(trainer.data_collator([dict(example) for example in examples]))
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    gradients = {name: w.grad.clone() for name, w in trainer.model.named_parameters() if w.grad is not None}
+    return loss.item(), {name: trainer._metrics["train"][name][-1] for name in METRICS}, gradients
+
+
+def same_gradients(ours, stock, tolerance=1e-4):
+    assert ours.keys() == stock.keys() and len(stock) > 0
+    for name, gradient in stock.items():
+        assert (ours[name] - gradient).norm() <= tolerance * gradient.norm() + 1e-9, name
+
+
+def same_step(ours, stock, tolerance=1e-5):
+    """Loss and metrics to 1e-5 relative; gradients to 1e-4 of their norm. Metrics are differences of log-probs."""
+    loss, metrics, gradients = ours
+    scale = max(1.0, abs(stock[1]["logps/chosen"]), abs(stock[1]["logps/rejected"]))
+    assert loss == pytest.approx(stock[0], rel=tolerance, abs=1e-6)
+    for name in METRICS:
+        smallest = tolerance * scale if name.startswith("rewards") else 1e-6
+        assert metrics[name] == pytest.approx(stock[1][name], rel=tolerance, abs=smallest), name
+    same_gradients(gradients, stock[2], 10 * tolerance)
+
+
+def near_in_half_precision(ours, stock, exact):
+    """Ours is about as near to the float32 step as stock's half-precision step is."""
+    allowed = 2 * abs(stock[0] - exact[0]) + 0.02 * max(1, abs(exact[0]))
+    assert abs(ours[0] - exact[0]) <= allowed
+    for name in ("logps/chosen", "logps/rejected"):
+        assert ours[1][name] == pytest.approx(exact[1][name], rel=0.02)
+    flat = [torch.cat([step[2][name].float().flatten().cpu() for name in exact[2]]) for step in (ours, stock, exact)]
+    errors = [(gradient - flat[2]).norm() / flat[2].norm() for gradient in flat[:2]]
+    assert errors[0] <= 2 * errors[1] + 0.02
+
+
+# ------------------------------------------------------------------------------------------------------------ the plan
+
+
+def plan_of(examples, padding=0):
+    batch = DataCollatorForPreference(0, max_length=24)([dict(example) for example in examples])
+    ids, mask = (torch.nn.functional.pad(batch[name], (0, padding)) for name in ("input_ids", "attention_mask"))
+    return ids, mask, dpotrainer.plan_shared_prefixes(ids, mask)
+
+
+tokens = st.lists(st.integers(3, 5), max_size=9)  # three different ids, so that beginnings often agree
+answers = st.lists(st.integers(3, 5), min_size=1, max_size=9)
+some_pairs = st.lists(st.builds(pair, tokens, answers, answers), min_size=1, max_size=6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(some_pairs, st.integers(0, 3))
+def test_plan_holds_every_token_once_and_its_keys(examples, padding):
+    ids, mask, plan = plan_of(examples, padding)
+    count, rows = len(examples), [row[keep.bool()].tolist() for row, keep in zip(ids, mask)]
+    places = [row[keep.bool()].tolist() for row, keep in zip(plan["row_index"], mask)]
+    packed, positions = plan["input_ids"][0].tolist(), plan["position_ids"][0].tolist()
+    assert plan["row_index"].shape == ids.shape and 0 <= plan["row_index"].min()
+    assert plan["row_index"].max() < len(packed) == len(positions)
+    for row, place in zip(rows, places):  # each row reads its own tokens, each at the position it has in its row
+        assert [packed[i] for i in place] == row
+        assert [positions[i] for i in place] == list(range(len(row)))
+    needed = []
+    for chosen, rejected, a, b in zip(rows[:count], rows[count:], places[:count], places[count:]):
+        limit = min(len(chosen), len(rejected)) - 1
+        prefix = next((i for i in range(limit) if chosen[i] != rejected[i]), limit)
+        assert a[:prefix] == b[:prefix]
+        needed += a + b[prefix:]
+    assert needed == list(range(len(packed)))  # every token of both rows once, the prefix once
+
+    sequences = [place for both_places in zip(places[:count], places[count:]) for place in both_places]
+    queries, keys = plan["query_bounds"].tolist(), plan["key_bounds"].tolist()
+    for i, place in enumerate(sequences):
+        own_keys = plan["key_index"][keys[i] : keys[i + 1]].tolist()
+        for query in range(queries[i], queries[i + 1]):  # causal, aligned at the bottom right
+            seen = own_keys[: len(own_keys) - (queries[i + 1] - 1 - query)]
+            assert seen == place[: place.index(query) + 1]
+        assert plan["query_lengths"][i] == queries[i + 1] - queries[i]
+        assert plan["key_lengths"][i] == keys[i + 1] - keys[i] == len(place)
+    assert queries[0] == keys[0] == 0 and queries[-1] == len(packed) and keys[-1] == len(plan["key_index"])
+
+
+def test_plan_is_ready_for_the_kernel_and_never_makes_the_host_wait():
+    _, _, plan = plan_of(random_pairs(3, seed=5))
+    assert plan["query_bounds"].dtype == plan["key_bounds"].dtype == torch.int32
+    assert all(type(length) is int for name in ("query", "key") for length in plan[f"{name}_lengths"])
+    assert min(plan["query_lengths"]) >= 1
+
+
+def test_plan_points_padding_at_different_places():
+    _, mask, plan = plan_of([pair([3], [4], [5]), pair(range(3, 13), range(13, 23), range(23, 33))])
+    padding = plan["row_index"][mask == 0]
+    assert padding.bincount().max() <= math.ceil(mask.numel() / plan["input_ids"].numel())
+
+
+def test_collator_adds_one_entry_that_survives_the_way_to_the_model():
+    from accelerate.utils import send_to_device
+    from torch.nn.parallel.distributed import _to_kwargs
+
+    examples = random_pairs(3, seed=6)
+    stock = DataCollatorForPreference(0, max_length=24)(examples)
+    batch = dpotrainer.PreferenceCollator(0, max_length=24)(examples)
+    assert batch.keys() == stock.keys() | {"plan"}
+    assert all(torch.equal(batch[name], stock[name]) for name in stock)
+    assert dpotrainer.PreferenceCollator(0, max_length=24, share_prefixes=False)(examples).keys() == stock.keys()
+    for moved in (send_to_device(batch, "cpu"), _to_kwargs((), batch, torch.device("cpu"), False)[1][0]):
+        assert moved["plan"].keys() == batch["plan"].keys()
+        assert moved["plan"]["query_lengths"] == batch["plan"]["query_lengths"]
+        assert torch.equal(moved["plan"]["key_index"], batch["plan"]["key_index"])
+
+
+# ------------------------------------------------------------------------------------------------------- the attention
+
+
+def dense_attention(query, key, value, plan):
+    """Each query against its keys one by one, in float64, straight from the definition."""
+    heads, groups = query.shape[1], query.shape[1] // key.shape[1]
+    outputs, keys = [], plan["key_bounds"].tolist()
+    for i, (first, end) in enumerate(zip(plan["query_bounds"].tolist(), plan["query_bounds"].tolist()[1:])):
+        for row in range(first, end):
+            seen = plan["key_index"][keys[i] : keys[i + 1] - (end - 1 - row)]
+            k, v = (x[0, torch.arange(heads) // groups][:, seen] for x in (key, value))
+            weights = (k @ query[0, :, row, :, None]).squeeze(-1) * query.shape[-1] ** -0.5
+            outputs.append((weights.softmax(-1)[:, None] @ v).squeeze(1))
+    return torch.stack(outputs)[None]
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_attention_is_that_of_each_row_alone(name):
+    _, _, plan = plan_of(BATCHES[name])
+    size = plan["input_ids"].shape[1]
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, heads, size, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+    module = SimpleNamespace()
+    ours, weights = dpotrainer.shared_prefix_attention(module, *inputs, None, shared_prefixes=plan, scaling=8**-0.5)
+    dense = dense_attention(*inputs, plan)
+    assert weights is None and ours.shape == (1, size, 4, 8)
+    torch.testing.assert_close(ours, dense)
+    upstream = torch.randn_like(dense)
+    for mine, theirs in zip(torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(dense, inputs, upstream)):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_attention_without_a_plan_is_sdpa():
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    query, key, value = (torch.randn(2, heads, 5, 8) for heads in (4, 2, 2))
+    options = {"dropout": 0.0, "scaling": 0.3, "sliding_window": None}
+    ours = dpotrainer.shared_prefix_attention(module, query, key, value, None, **options)
+    assert torch.equal(ours[0], sdpa_attention_forward(module, query, key, value, None, **options)[0])
+
+
+def test_attention_casts_what_a_norm_left_in_float32_as_autocast_would():
+    _, _, plan = plan_of(random_pairs(2, seed=8))
+    size = plan["input_ids"].shape[1]
+    query, key, value = (torch.randn(1, heads, size, 8) for heads in (4, 2, 2))
+    run = functools.partial(dpotrainer.shared_prefix_attention, None, attention_mask=None, shared_prefixes=plan)
+    assert run(query, key, value.bfloat16())[0].dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run(query, key, value)[0].dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16, enabled=False):
+        assert run(query, key, value)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("known", ["is_causal", "window_size", "window_size enable_gqa"])
+def test_kernel_is_asked_in_the_words_of_each_torch(monkeypatch, known):
+    """torch 2.10 to 2.13 differ in the arguments of varlen_attn; a stand-in for each, since the real one needs a GPU."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    _, _, plan = plan_of(random_pairs(3, seed=9))
+    asked = {}
+
+    def attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, asked_for):
+        asked.update(asked_for)
+        assert (max_q, max_k) == (max(plan["query_lengths"]), max(plan["key_lengths"]))
+        assert cu_seq_q is plan["query_bounds"] and cu_seq_k is plan["key_bounds"]
+        return dpotrainer.attend_one_by_one(query, key, value, plan, None)
+
+    names = ", ".join(f"{name}=None" for name in known.split())
+    scope = {"attend": attend}
+    exec(f"def varlen_attn(q, k, v, a, b, m, n, {names}): return attend(q, k, v, a, b, m, n, locals())", scope)
+    monkeypatch.setattr(varlen, "varlen_attn", scope["varlen_attn"])
+    monkeypatch.setattr(dpotrainer, "kernel_takes", lambda *_: True)
+    dpotrainer.varlen_kernel.cache_clear()
+    try:
+        inputs = [torch.randn(1, heads, plan["input_ids"].shape[1], 8) for heads in (4, 2, 2)]
+        ours, _ = dpotrainer.shared_prefix_attention(None, *inputs, None, shared_prefixes=plan, scaling=8**-0.5)
+    finally:
+        dpotrainer.varlen_kernel.cache_clear()
+    torch.testing.assert_close(ours, dense_attention(*inputs, plan))
+    expected = {"window_size": (-1, 0), "is_causal": True, "enable_gqa": True}
+    assert {name: asked[name] for name in expected if name in asked} == {name: expected[name] for name in known.split()}
+
+
+# ---------------------------------------------------------------------------------------- the step, against stock TRL
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_every_loss_type_is_exact(both, loss_type):
+    stock, ours = (run_step(trainer, random_pairs(4, seed=10), loss_type) for trainer in both)
+    same_step(ours, stock)
+
+
+def test_loss_types_are_all_that_trl_offers():
+    """TRL's own list, from its refusal of a loss type that it does not know."""
+    import inspect
+    import re
+
+    source = inspect.getsource(DPOTrainer._compute_loss)
+    assert set(re.findall(r'loss_type == "(\w+)"', source)) == set(LOSS_TYPES)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_every_kind_of_batch_is_exact(both, name):
+    stock, ours = (run_step(trainer, BATCHES[name], "sigmoid") for trainer in both)
+    same_step(ours, stock)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"ld_alpha": 0.5}, {"weighting": True}, {"f_divergence_type": "js_divergence"}, {"ld_alpha": 0.2, "weighting": True}],
+    ids=str,
+)
+def test_every_option_of_the_loss_is_exact(both, change):
+    stock, ours = (run_step(trainer, random_pairs(4, seed=11), **change) for trainer in both)
+    same_step(ours, stock)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_is_exact(architecture, tmp_path):
+    trainers = [build_trainer(tiny_model(architecture), share, tmp_path) for share in (False, True)]
+    stock, ours = (run_step(trainer, random_pairs(4, seed=12)) for trainer in trainers)
+    same_step(ours, stock)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_log_probs_are_those_of_each_row_alone_in_float64(architecture):
+    """Independent of TRL, of SDPA and of padding: eager attention, one row at a time, in float64."""
+    examples = [*BATCHES["answers that share a beginning"], *BATCHES["very different lengths"], *random_pairs(3, seed=13)]
+    batch = dpotrainer.PreferenceCollator(0, max_length=24)(examples)
+    plain = tiny_model(architecture).double()
+    plain.set_attn_implementation("eager")
+    packed = tiny_model(architecture).double()
+    dpotrainer.share_prefixes(packed)
+    logits = packed(**{name: batch[name] for name in ("input_ids", "attention_mask", "plan")}).logits
+    for row, keep, ours in zip(batch["input_ids"], batch["attention_mask"], logits):
+        ids = row[keep.bool()]
+        alone = plain(input_ids=ids[None]).logits[0].log_softmax(-1)
+        torch.testing.assert_close(ours[: len(ids)].log_softmax(-1), alone, rtol=1e-6, atol=1e-6)
+
+
+def test_token_of_one_row_bears_on_no_other_row():
+    """Changing a token of rejected's tail moves that row from there on, and nothing else by a single bit."""
+    model = tiny_model()
+    dpotrainer.share_prefixes(model)
+    examples = random_pairs(3, seed=14, longest=6)
+    ids, mask, plan = plan_of(examples)
+    tail = sum(plan["query_lengths"][:3])  # the first place of pair 1's tail
+    changed = {**plan, "input_ids": plan["input_ids"].clone()}
+    changed["input_ids"][0, tail] = (changed["input_ids"][0, tail] + 1) % VOCABULARY
+    before, after = (model.base_model(input_ids=ids, attention_mask=mask, plan=each).last_hidden_state for each in (plan, changed))
+    moved = (before != after).any(-1) & mask.bool()
+    first = plan["position_ids"][0, tail]
+    expected = torch.zeros_like(moved)
+    expected[4, first:] = mask[4, first:].bool()
+    assert torch.equal(moved, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_is_exact(both, reentrant, tmp_path):
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    stock, ours = (build_trainer(tiny_model(), share, tmp_path, **options) for share in (False, True))
+    for trainer in (stock, ours):
+        trainer.model.gradient_checkpointing_enable(options["gradient_checkpointing_kwargs"])
+    examples = random_pairs(4, seed=15)
+    step = run_step(ours, examples)
+    same_step(step, run_step(stock, examples))
+    same_step(step, run_step(both[1], examples))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_repeats_the_dropout_of_lora(reentrant, tmp_path):
+    options = {"disable_dropout": False, "dropout": 0.3}
+    kwargs = {"use_reentrant": reentrant}
+    plain = build_trainer(tiny_model(), True, tmp_path, **options)
+    options |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
+    checkpointed = build_trainer(tiny_model(), True, tmp_path, **options)
+    checkpointed.model.gradient_checkpointing_enable(kwargs)
+    examples = random_pairs(4, seed=16)
+    same_step(run_step(checkpointed, examples), run_step(plain, examples))
+    assert run_step(plain, examples, seed=1)[0] != run_step(plain, examples, seed=2)[0]
+
+
+@pytest.mark.parametrize("shared_reference", [False, True])
+def test_separate_reference_is_exact_with_and_without_sharing(shared_reference, tmp_path):
+    steps = []
+    for share in (False, True):
+        reference = tiny_model(seed=1)
+        if share and shared_reference:
+            dpotrainer.share_prefixes(reference)
+        trainer = build_trainer(tiny_model(), share, tmp_path, lora=False, ref_model=reference)
+        steps.append(run_step(trainer, random_pairs(4, seed=17)))
+    same_step(steps[1], steps[0])
+
+
+@pytest.mark.parametrize("ld_alpha", [None, 0.5])
+def test_reference_log_prob_pass_is_exact(both, ld_alpha):
+    found = []
+    for trainer in both:
+        trainer.ld_alpha = ld_alpha
+        batch = trainer.data_collator(random_pairs(5, seed=18))
+        found.append(torch.cat(trainer.compute_ref_log_probs(trainer.model, batch)))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=0)
+
+
+def test_precomputed_reference_log_probs_are_exact(tmp_path):
+    pairs = random_pairs(5, seed=19)
+    stock, ours = (
+        build_trainer(tiny_model(), share, tmp_path / str(share), precompute_ref_log_probs=True, pairs=pairs)
+        for share in (False, True)
+    )
+    for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        assert ours.train_dataset[name] == pytest.approx(stock.train_dataset[name], rel=1e-5)
+    same_step(run_step(ours, list(ours.train_dataset)), run_step(stock, list(stock.train_dataset)))
+
+
+def test_evaluation_with_a_last_batch_of_one_is_exact(both):
+    for trainer in both:
+        vars(trainer).update(ld_alpha=None, loss_types=["sigmoid"], use_weighting=False, _total_train_tokens=0)
+    stock, ours = (trainer.evaluate() for trainer in both)
+    timings = {name for name in stock if name.endswith(("runtime", "per_second", "time"))}
+    assert stock.keys() == ours.keys() and len(stock) > 8
+    for name in stock.keys() - timings:
+        assert ours[name] == pytest.approx(stock[name], rel=1e-5, abs=1e-5), name
+
+
+def test_training_follows_the_stock_trajectory(tmp_path):
+    """Through the data loader, accumulation and the optimizer, with steps that move."""
+    options = {"max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1, "gradient_accumulation_steps": 2}
+    histories = []
+    for share in (False, True):
+        trainer = build_trainer(tiny_model(), share, tmp_path, **options, use_weighting=False)
+        trainer.train()
+        histories.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(histories[0]) == 4 and max(histories[0]) - min(histories[0]) > 0.1
+    assert histories[1] == pytest.approx(histories[0], rel=1e-4)
+
+
+def test_bf16_autocast_stays_as_near_as_bf16_can(both):
+    examples = random_pairs(4, seed=20)
+    exact = run_step(both[0], examples)
+    with torch.autocast("cpu", torch.bfloat16):
+        stock, ours = (run_step(trainer, examples) for trainer in both)
+    near_in_half_precision(ours, stock, exact)
+
+
+def test_compiled_model_gives_the_same():
+    """The graphs of a compiled model, run as traced, over batches of different shapes."""
+    model = tiny_model(num_hidden_layers=1)
+    dpotrainer.share_prefixes(model)
+    compiled = torch.compile(model, backend="eager")
+    for seed in (21, 22):
+        batch = dpotrainer.PreferenceCollator(0, max_length=24)(random_pairs(2, seed=seed))
+        batch = {name: batch[name] for name in ("input_ids", "attention_mask", "plan")}
+        torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
+    torch._dynamo.reset()
+
+
+def test_packed_row_is_what_runs(both):
+    """Not a comparison of the padded rows with themselves: the layers see T tokens in one row, and no mask is built."""
+    layer, seen = both[1].model.base_model.model.model.layers[0], []
+
+    def look(module, args, kwargs):
+        seen.append((tuple(args[0].shape), kwargs["attention_mask"].shape[-2]))
+
+    handle = layer.register_forward_pre_hook(look, with_kwargs=True)
+    batch = both[1].data_collator(BATCHES["truncation"])
+    both[1].compute_loss(both[1].model, batch)
+    handle.remove()
+    assert set(seen) == {((1, batch["plan"]["input_ids"].numel(), 32), 1)}  # policy and reference
+    assert batch["plan"]["input_ids"].numel() < batch["attention_mask"].sum()
+
+
+# --------------------------------------------------------------------------------------------- all that must not change
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_generation_is_untouched(architecture):
+    prompts = torch.tensor([[0, 0, 3, 4, 5], [6, 7, 8, 9, 10]])
+    options = {"attention_mask": (prompts != 0).long(), "max_new_tokens": 8, "do_sample": False}
+    model = tiny_model(architecture)
+    before = model.generate(prompts, **options)
+    dpotrainer.share_prefixes(model)
+    assert torch.equal(model.generate(prompts, **options), before)
+    model.config.use_cache = False
+    assert torch.equal(model.generate(prompts, **options), before)
+
+
+def test_call_without_a_plan_is_untouched():
+    plain, shared = tiny_model(), tiny_model()
+    dpotrainer.share_prefixes(shared)
+    ids, mask, _ = plan_of(random_pairs(3, seed=23))
+    assert torch.equal(plain(ids, attention_mask=mask).logits, shared(ids, attention_mask=mask).logits)
+
+
+def test_sharing_twice_is_sharing_once():
+    model = tiny_model()
+    ids, mask, plan = plan_of(random_pairs(3, seed=24))
+    dpotrainer.share_prefixes(model)
+    once = model(ids, attention_mask=mask, plan=plan).logits
+    dpotrainer.share_prefixes(model)
+    assert torch.equal(model(ids, attention_mask=mask, plan=plan).logits, once)
+
+
+def test_copied_model_runs_its_own_weights():
+    """The trainer and its callbacks copy models; a copy that ran the original's layers would go unnoticed."""
+    model = tiny_model()
+    dpotrainer.share_prefixes(model)
+    twin = copy.deepcopy(model)
+    ids, mask, plan = plan_of(random_pairs(2, seed=25))
+    before = twin(ids, attention_mask=mask, plan=plan).logits
+    torch.nn.init.zeros_(model.base_model.layers[0].mlp.down_proj.weight)
+    assert torch.equal(twin(ids, attention_mask=mask, plan=plan).logits, before)
+
+
+def test_saved_model_keeps_no_trace(tmp_path):
+    model = tiny_model()
+    dpotrainer.share_prefixes(model)
+    model.save_pretrained(tmp_path)
+    assert "shared_prefixes" not in (tmp_path / "config.json").read_text()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config._attn_implementation == "sdpa"
+
+
+# ------------------------------------------------------------------------------------------------------- stepping aside
+
+
+def prompt_tuned():
+    return get_peft_model(tiny_model(), PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2))
+
+
+def with_config(**values):
+    model = tiny_model()
+    for name, value in values.items():
+        setattr(model.config, name, value)
+    return model
+
+
+def with_sinks():
+    model = tiny_model()
+    model.model.layers[0].self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
+    return model
+
+
+def without_backend():
+    model = tiny_model()
+    model._supports_attention_backend = False
+    return model
+
+
+def vision_model():
+    model = tiny_model()
+    model.config = SimpleNamespace(get_text_config=lambda: tiny_model().config)
+    return model
+
+
+SHARED = {
+    **{name: lambda name=name: (tiny_model(name), None) for name in ARCHITECTURES},
+    "lora": lambda: (get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")), None),
+    "qwen2 with an idle window": lambda: (tiny_model("qwen2", sliding_window=8, use_sliding_window=False), None),
+    "experts without a router loss": lambda: (tiny_model("mixtral"), SimpleNamespace(router_aux_loss_coef=0.0)),
+    "settings without attention": lambda: (tiny_model(), SimpleNamespace(attn_implementation=None)),
+}
+NOT_SHARED = {
+    "sliding window": [
+        lambda: (tiny_model("mistral", sliding_window=8), None),
+        lambda: (tiny_model("phi3", sliding_window=8), None),
+        lambda: (with_config(layer_types=None, sliding_window=8, use_sliding_window=True), None),
+    ],
+    "full attention": [
+        lambda: (tiny_model("qwen2", sliding_window=8, use_sliding_window=True, max_window_layers=1), None),
+        lambda: (with_config(layer_types=["full_attention", "linear_attention"]), None),
+        lambda: (with_config(layer_types=["full_attention", "chunked_attention"]), None),
+        lambda: (tiny_model("gemma3_text", head_dim=8), None),
+    ],
+    "capped": [lambda: (tiny_model("gemma2", head_dim=8, layer_types=["full_attention"] * 2), None)],
+    "sinks": [lambda: (with_sinks(), None)],
+    "dropout": [lambda: (tiny_model(attention_dropout=0.1), None)],
+    "router loss": [
+        lambda: (tiny_model("mixtral"), None),
+        lambda: (tiny_model("mixtral", router_aux_loss_coef=0.0), SimpleNamespace(router_aux_loss_coef=0.01)),
+    ],
+    "virtual tokens": [lambda: (prompt_tuned(), None)],
+    "vision": [lambda: (vision_model(), None)],
+    "replaced": [lambda: (without_backend(), None)],
+    "attn_implementation": [lambda: (tiny_model(), SimpleNamespace(attn_implementation="sdpa"))],
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_sharing_where_it_is_right(name):
+    assert dpotrainer.why_not_shared(*SHARED[name]()) is None
+
+
+@pytest.mark.parametrize("name, index", [(name, i) for name, cases in NOT_SHARED.items() for i in range(len(cases))])
+def test_stepping_aside_says_why_in_one_line(name, index):
+    reason = dpotrainer.why_not_shared(*NOT_SHARED[name][index]())
+    assert reason and name in reason and "\n" not in reason and len(reason) < 100
+
+
+def test_mixture_of_experts_without_router_loss_is_exact(tmp_path):
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2, "sliding_window": None}
+    model = functools.partial(tiny_model, "mixtral", **sizes)
+    attention = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    outputs = []
+    for share in (False, True):
+        policy = model()
+        if share:
+            dpotrainer.share_prefixes(policy)
+        torch.manual_seed(7)
+        policy = get_peft_model(policy, attention)
+        ids, mask, plan = plan_of(random_pairs(3, seed=26))
+        outputs.append(policy(input_ids=ids, attention_mask=mask, plan=plan if share else None).logits[mask.bool()])
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------- two processes
+
+
+def log_probs_and_gradients(model, examples, unwrapped):
+    """A loss that needs no reference, over the fused head that TRL puts on a model."""
+    batch = dpotrainer.PreferenceCollator(0, max_length=24)(examples)
+    labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
+    loss = -model(**batch, labels=labels, fused_lm_head=True).log_probs.sum()
+    loss.backward()
+    gradients = {name: w.grad for name, w in unwrapped.named_parameters() if w.grad is not None}
+    return loss.item(), {name: getattr(g, "full_tensor", lambda g=g: g)().clone() for name, g in gradients.items()}
+
+
+def adapted_model():
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = tiny_model()
+    dpotrainer.share_prefixes(model)
+    add_fused_lm_head(model)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    torch.manual_seed(7)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    return model.train()
+
+
+def run_process(rank, folder, kind):
+    """One of two processes, each with its own pairs: gradients must be the mean of what one process finds for each."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/{kind}", rank=rank, world_size=2)
+    shares = [random_pairs(2, seed=27), random_pairs(3, seed=28)]
+    alone = [log_probs_and_gradients(*[model := adapted_model()][:1], share, model) for share in shares]
+    model = wrapped = adapted_model()
+    if kind == "ddp":
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    else:
+        mesh = torch.distributed.init_device_mesh("cpu", (2,))
+        for layer in (*model.base_model.model.model.layers, model):
+            torch.distributed.fsdp.fully_shard(layer, mesh=mesh)
+    loss, gradients = log_probs_and_gradients(wrapped, shares[rank], model)
+    assert loss == pytest.approx(alone[rank][0], rel=1e-5)
+    same_gradients(gradients, {name: (g + alone[1][1][name]) / 2 for name, g in alone[0][1].items()})
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_give_the_mean_of_their_gradients(kind, tmp_path):
+    torch.multiprocessing.spawn(run_process, (str(tmp_path), kind), nprocs=2)
+
+
+# ---------------------------------------------------------------------------------------------------------- on a GPU
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+has_kernel = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def gpu_trainers(tmp_path, dtype, **options):
+    """Stock and ours on the GPU: float32 throughout, or a bf16 base under autocast, as TRL trains by default."""
+    options |= {"use_cpu": False, "bf16": dtype == torch.bfloat16}
+    return [
+        build_trainer(tiny_model(head_dim=64).to("cuda", dtype), share, tmp_path, **options) for share in (False, True)
+    ]
+
+
+def to_gpu(plan):
+    from accelerate.utils import send_to_device
+
+    return send_to_device(plan, "cuda")
+
+
+@pytest.mark.cuda
+@on_gpu
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (4, 1)], ids=str)
+@pytest.mark.parametrize("name", BATCHES)
+def test_kernel_agrees_with_one_sequence_after_the_other(name, heads):
+    if not has_kernel:
+        pytest.skip("the variable-length kernel needs compute capability 8.0")
+    plan = to_gpu(plan_of(BATCHES[name])[2])
+    torch.manual_seed(0)
+    size, dtype = plan["input_ids"].shape[1], torch.bfloat16
+    query, key, value = (torch.randn(1, n, size, 64, device="cuda") for n in (heads[0], heads[1], heads[1]))
+    exact = [x.to(dtype).float().requires_grad_() for x in (query, key, value)]
+    half = [x.to(dtype).requires_grad_() for x in (query, key, value)]
+    assert dpotrainer.kernel_takes(half[0], half[2]) and not dpotrainer.kernel_takes(exact[0], exact[2])
+    attend = functools.partial(dpotrainer.shared_prefix_attention, None, attention_mask=None, shared_prefixes=plan)
+    for scaling in (64**-0.5, 0.2):
+        slow, fast = attend(*exact, scaling=scaling)[0], attend(*half, scaling=scaling)[0]
+        torch.testing.assert_close(fast.float(), slow, rtol=2e-2, atol=2e-2)
+        upstream = torch.randn_like(slow).to(dtype)
+        gradients = torch.autograd.grad(slow, exact, upstream.float()), torch.autograd.grad(fast, half, upstream)
+        for theirs, mine in zip(*gradients):
+            assert (mine.float() - theirs).norm() <= 2e-2 * theirs.norm()
+
+
+@pytest.mark.cuda
+@on_gpu
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", BATCHES)
+def test_gpu_step_in_float32_is_exact(name, checkpointing, tmp_path):
+    options = {"gradient_checkpointing": checkpointing, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    trainers = gpu_trainers(tmp_path, torch.float32, **(options if checkpointing else {}))
+    for trainer in trainers if checkpointing else ():
+        trainer.model.gradient_checkpointing_enable(options["gradient_checkpointing_kwargs"])
+    stock, ours = (run_step(trainer, BATCHES[name]) for trainer in trainers)
+    same_step(ours, stock, tolerance=1e-4)
+
+
+@pytest.mark.cuda
+@on_gpu
+@pytest.mark.parametrize("name", BATCHES)
+def test_gpu_step_in_bf16_is_as_near_as_stock(name, tmp_path):
+    stock, ours = (run_step(trainer, BATCHES[name]) for trainer in gpu_trainers(tmp_path, torch.bfloat16))
+    rounded = tiny_model(head_dim=64).bfloat16().float()  # the same weights, so that the arithmetic alone differs
+    exact = run_step(build_trainer(rounded, False, tmp_path), BATCHES[name])
+    near_in_half_precision(ours, stock, exact)
+
+
+@pytest.mark.cuda
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_backbone_never_waits_for_the_gpu(dtype):
+    model = tiny_model(head_dim=64).to("cuda", dtype)
+    dpotrainer.share_prefixes(model)
+    ids, mask, plan = plan_of(random_pairs(4, seed=29))
+    ids, mask, plan = ids.cuda(), mask.cuda(), to_gpu(plan)
+    for mode in ("default", "error"):  # once for what is set up at first use
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            model.base_model(input_ids=ids, attention_mask=mask, plan=plan).last_hidden_state.sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_generation_on_the_gpu_is_untouched(dtype):
+    prompts = torch.tensor([[0, 0, 3, 4, 5], [6, 7, 8, 9, 10]], device="cuda")
+    options = {"attention_mask": (prompts != 0).long(), "max_new_tokens": 8, "do_sample": False}
+    model = tiny_model(head_dim=64).to("cuda", dtype)
+    before = model.generate(prompts, **options)
+    dpotrainer.share_prefixes(model)
+    assert torch.equal(model.generate(prompts, **options), before)
+
+
+@pytest.mark.cuda
+@on_gpu
+def test_plan_comes_through_pinned_memory():
+    examples = random_pairs(4, seed=30)
+    collator = dpotrainer.PreferenceCollator(0, max_length=24)
+    batch = next(iter(torch.utils.data.DataLoader(examples, 4, collate_fn=collator, pin_memory=True)))
+    plan = collator(examples)["plan"]
+    assert batch["plan"]["input_ids"].is_pinned() and list(batch["plan"]["key_lengths"]) == plan["key_lengths"]
+    assert torch.equal(to_gpu(batch["plan"])["key_index"].cpu(), plan["key_index"])
