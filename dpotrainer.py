@@ -22,6 +22,7 @@ import argparse
 import difflib
 import errno
 import functools
+import hashlib
 import importlib.util
 import inspect
 import itertools
@@ -101,7 +102,7 @@ PER_DEVICE_BATCH_SIZE = 4  # pairs per forward on one GPU: changes memory and sp
 
 LORA_R = 32  # rank, 8 to 128; preferences need little capacity ("LoRA Without Regret", 2025)
 LORA_ALPHA = 32  # the update is scaled by alpha / r, here 1, as in zephyr-7b-dpo-qlora (128 / 128)
-LORA_DROPOUT = 0.0  # [0, 1); above 0 the policy's log-probs get noise that the reference's have not
+LORA_DROPOUT = 0.0  # [0, 1); above 0 the policy's log-probs get noise; needs `disable_dropout: false` too
 DTYPE = "bfloat16"  # of the frozen weights: bfloat16, float16, float32
 BF16 = True  # bf16 autocast: Ampere GPUs (2020) and newer
 GRADIENT_CHECKPOINTING = True  # recompute activations in the backward pass: a third more compute, far less memory
@@ -200,6 +201,7 @@ CONFLICTS = (  # setting, when it is wrong, why and what to do
     ("label_smoothing", lambda s: "exo_pair" in s.loss_type and not s.label_smoothing, "must be above 0; 1e-3"),
     ("discopop_tau", lambda s: s.discopop_tau != 0.05 and "discopop" not in s.loss_type,
      "has no effect with this loss_type; leave it out"),
+    ("lora_dropout", lambda s: s.lora_dropout and s.disable_dropout, "has no effect; add `disable_dropout: false`"),
     ("ref_model_name_or_path", lambda s: s.ref_model_name_or_path and s.reference != "copy",
      "has no effect with this reference; `reference: copy` uses it"),
     ("use_peft", lambda s: not s.use_peft, "is another program's work; `trl dpo` trains all weights"),
@@ -910,7 +912,7 @@ class PreferenceTrainer(DPOTrainer):
             if is_main():
                 kept = ("_globalstep_last_logged", "_total_loss_scalar", "_total_train_tokens")
                 state |= {name: vars(self)[name] for name in kept}
-                files = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+                files = {str(p.relative_to(folder)): digest(p) for p in folder.rglob("*") if p.is_file()}
                 manifest = {"data": self.data_hash, "files": files, "state": state, "metrics": self._metrics["train"]}
                 write_file(folder / MANIFEST, json.dumps(manifest, indent=1))
                 rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
@@ -1224,20 +1226,20 @@ RECENT = 5  # log lines that make "now": fewer are noise, more hide a turn
 ADVICE = {  # kind: (when, what to say), in the numbers of `advise`; beside each threshold, its reason
     "flat": (  # 0.01 of margin at beta 0.1 is a tenth of a nat; healthy runs are past it after a quarter of the steps
         lambda n: n["step"] >= 20 and n["done"] >= 0.25 and abs(n["loss"] - LN2) < 0.005 and abs(n["margin"]) < 0.01,
-        "Nothing moves: after {step} of {planned} steps loss is {loss:.4f} (ln 2 is 0.6931), the margin {margin:.4f}: "
+        "Nothing moves: after {step} of {planned} steps loss is {loss:.4f} (ln 2 is 0.6931), margins {margin:.4f}: "
         "learning_rate {lr:g} is too small for LoRA, or the adapter is frozen; 5e-6 is usual, try ten times yours."),
     "labels": (  # published runs are above 0.65 after a third of the steps; 0.55 is little better than chance
         lambda n: n["step"] >= 20 and n["done"] >= 0.33 and n["accuracy"] < 0.55 and abs(n["margin"]) >= 0.01,
-        "rewards/accuracies is {accuracy:.2f} after {step} of {planned} steps, and yet the policy moves: see the pairs "
-        "(`--dry_run true`): chosen and rejected may be swapped, mixed, alike, or cut off."),
+        "rewards/accuracies is {accuracy:.2f} after {step} of {planned} steps, yet the policy moves: look at the "
+        "pairs (`--dry_run true`): chosen and rejected may be swapped, mixed, alike, or cut off."),
     "displacement": (  # healthy runs end with the chosen answers at most 20 nats (2 at beta 0.1) less likely
         lambda n: n["margin"] > 0.5 and n["chosen"] / n["beta"] < -25,
-        "rewards/chosen fell to {chosen:.2f} as margins grew to {margin:.2f}: chosen answers lose likelihood too; raise "
-        "beta (now {beta:g}), or add an SFT term: `loss_type: [sigmoid, sft]` with `loss_weights: [1.0, 0.2]`."),
+        "rewards/chosen fell to {chosen:.2f} as margins grew to {margin:.2f}: chosen answers get unlikely as well; "
+        "raise beta (now {beta:g}), or add an SFT term: `loss_type: [sigmoid, sft]` with `loss_weights: [1.0, 0.2]`."),
     "overfitting": (  # the best held-out accuracy lies above the 95% interval of the last
         lambda n: n["train_accuracy"] > 0.95 and n["eval_best"] > n["eval_high"],
-        "Train accuracies are {train_accuracy:.2f}, held-out ones fell from {eval_best:.3f} at step {eval_best_step} to "
-        "{eval_last:.3f}: overfitting; stop at that step (`max_steps: {eval_best_step}`), or train fewer epochs."),
+        "Train accuracies are {train_accuracy:.2f}; held-out, they fell from {eval_best:.3f} (step {eval_best_step}) "
+        "to {eval_last:.3f}: overfitting; stop at that step (`max_steps: {eval_best_step}`), or train fewer epochs."),
     "divergence": (  # an answer e^200 times likelier or less likely: beta's pull no longer matters
         lambda n: n["nats"] > 200,
         "The policy is {nats:.0f} nats per answer from the reference, too far for beta {beta:g}: raise beta, or lower "
@@ -1246,10 +1248,10 @@ ADVICE = {  # kind: (when, what to say), in the numbers of `advise`; beside each
         lambda n: n["length_ratio"] > 1.5,
         "Answers grew {length_ratio:.1f} times as long as the pairs ask for: length itself may have been learned; try "
         "`loss_type: sigmoid_norm`, which divides by it, or a larger beta (now {beta:g})."),
-    "runaway": (  # thirty times ln 2, or answers e^1000 times less likely: nothing of the model is left
-        lambda n: (n["sigmoid"] and n["loss"] > 20) or n["nats"] > 1000,
-        "Stopped at step {step}: loss {loss:.3g}, {nats:.0f} nats per answer from the reference: learning_rate {lr:g} "
-        "destroys the model, 5e-6 is usual for LoRA. Checkpoints from before are kept."),
+    "runaway": (  # a loss of three times ln 2 is far worse than doing nothing; e^-1000 for an answer leaves no model
+        lambda n: (n["sigmoid"] and n["loss"] > 2.1) or n["nats"] > 1000,
+        "Stopped at step {step}: loss {loss:.3g} (0.6931 before training), {nats:.0f} nats per answer from the "
+        "reference: learning_rate {lr:g} destroys the model, 5e-6 is usual for LoRA. Earlier checkpoints are kept."),
     "not finite": (  # raised by the trainer, at the step itself
         lambda n: False,
         "The {what} is not finite at step {step}: stopped at once, the last checkpoint is kept. Lower learning_rate "
@@ -1471,7 +1473,7 @@ def summarize(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report)
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
-MANIFEST = "manifest.json"  # in each whole checkpoint: its files and their sizes, the data's hash, running averages
+MANIFEST = "manifest.json"  # in each whole checkpoint: its files and their digests, the data's hash, running averages
 # fmt: off
 FREE = {  # settings in which a run and its continuation may differ: the result stays the same, up to rounding
     "output_dir", "overwrite", "dry_run", "per_device_train_batch_size", "per_device_eval_batch_size", "merge", "fsdp",
@@ -1489,6 +1491,11 @@ def write_file(path: Path, text: str) -> None:
     os.replace(f"{path}.tmp", path)
 
 
+def digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
 def set_aside(path: Path, name: str) -> str:
     """Rename to the first free one of name, name-2, name-3, ...: nothing is deleted."""
     names = (name if i == 1 else f"{name}-{i}" for i in itertools.count(1))
@@ -1499,7 +1506,7 @@ def settings_yaml(s: argparse.Namespace) -> str:
     skipped = ("given", "planned_steps", "hub_token", "overwrite", "dry_run", "gradient_accumulation_steps")
     packages = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
     made = ", ".join(f"{name} {version(name)}" for name in packages)
-    values = {name: value for name, value in vars(s).items() if name not in skipped}
+    values = {name: value for name, value in vars(s).items() if name not in skipped and value != []}
     head = f"# `python dpotrainer.py --config {s.output_dir}/settings.yaml` repeats this run; made with {made}\n"
     return head + yaml.safe_dump(values, allow_unicode=True)
 
@@ -1534,10 +1541,10 @@ def open_output(s: argparse.Namespace) -> FileLock | nullcontext:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Its manifest, which is written last, is there, and so are all files that it lists, in full length."""
+    """Its manifest, which is written last, is there, and so are all files that it lists, as they were."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return all((checkpoint / name).stat().st_size == size for name, size in files.items())
+        return all(digest(checkpoint / name) == known for name, known in files.items())
     except (OSError, ValueError):
         return False
 

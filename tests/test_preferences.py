@@ -3,6 +3,7 @@
 import json
 import math
 import tracemalloc
+from decimal import Decimal
 from importlib.resources import files
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 from trl import DPOTrainer
@@ -272,15 +273,32 @@ def test_share_of_cut_answers_and_the_length_that_would_cut_few(tokenizer, tmp_p
     whole, free = load(tmp_path, rows, tokenizer, max_length=None)
     assert (free["answers cut"], free["kept"]) == (0.0, 150)
     lengths = np.array([len(p["prompt_ids"]) + len(p[side]) for p in whole for side in ("chosen_ids", "rejected_ids")])
-    report = load(tmp_path, rows, tokenizer, max_length=400)[1]
+    limit = int(np.sort(lengths)[200])
+    report = load(tmp_path, rows, tokenizer, max_length=limit)[1]
     assert report["kept"] == 150
-    assert report["answers cut"] == pytest.approx((lengths > 400).mean())
+    assert report["answers cut"] == pytest.approx((lengths > limit).mean())
     enough = report["max_length for less than 1%"]
     assert (lengths > enough).mean() < 0.01 <= (lengths > enough - 1).mean()
     assert free["max_length for less than 1%"] == enough
+    crowd = [pair("word " * 900, "a", "b"), *rows[:9]]  # dropped, yet a reason for a larger max_length
+    assert load(tmp_path, crowd, tokenizer)[1]["max_length for less than 1%"] > 900
 
 
 # ---- layouts and their quirks
+
+
+def test_answers_that_the_template_makes_equal_are_equal(qwen, tmp_path):
+    rows = [pair("q", "yes", "\n\nyes"), pair("q", "yes", "no")]
+    assert load(tmp_path, rows, qwen)[1]["dropped"] == {"chosen equals rejected": (1, [1])}
+
+
+@pytest.mark.parametrize("ids, reason", [
+    (([1, 2, 3], [4], [5]), "prompt leaves no room"), (([1, 2], [4, 5], [4, 6]), "equal after truncation"),
+    (([1, 2], [4, 5], [4, 5]), "chosen equals rejected"), (([1, 2], [4], [4, 5]), "equal after truncation"),
+    (([1, 2], [4, 5], [5]), ""), (([1], [4], [4, 5]), ""),
+])  # fmt: skip
+def test_reasons_that_depend_on_max_length(ids, reason):
+    assert dpotrainer.measure_pair(*ids, 3)[-1] == reason
 
 
 def test_transcripts_with_other_line_ends_and_none_at_the_start(tokenizer, tmp_path):
@@ -288,7 +306,8 @@ def test_transcripts_with_other_line_ends_and_none_at_the_start(tokenizer, tmp_p
     odd = {side: text.replace("\n\n", "\r\n\r\n") for side, text in plain.items()}
     bare = {side: text.lstrip() for side, text in plain.items()}
     expected = load(tmp_path, [MANY[0]], tokenizer)[0]
-    assert load(tmp_path, [plain, odd, bare], tokenizer)[0] == expected * 3
+    for row in (plain, odd, bare):
+        assert load(tmp_path, [row], tokenizer)[0] == expected
 
 
 def test_transcripts_that_part_early_keep_the_last_shared_human_turn(tokenizer, tmp_path):
@@ -300,6 +319,7 @@ def test_transcripts_that_part_early_keep_the_last_shared_human_turn(tokenizer, 
         ("", f"{asked}b"),
     ]
     rows = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in rows]
+    assert load(tmp_path, rows[::-1], tokenizer)[1]["layout"] == "transcripts"  # whatever the first row
     found, report = load(tmp_path, rows, tokenizer)
     assert report["dropped"] == {"empty side": (2, [3, 4])}
     for got in found:
@@ -338,6 +358,12 @@ def test_a_tool_turn_can_be_the_last_of_the_prompt(tokenizer, tmp_path):
     row = {"chosen": [*prompt, assistant("it is 5")], "rejected": [*prompt, assistant("it is 6")]}
     (found,), _ = load(tmp_path, [row], tokenizer)
     assert tokenizer.decode(found["chosen_ids"]) == "it is 5<|im_end|>\n"
+
+
+def test_a_late_system_turn_belongs_to_the_prompt(tokenizer, tmp_path):
+    prompt = [user("q"), assistant("a"), system("now in rhyme")]
+    row = {"chosen": [*prompt, assistant("hey")], "rejected": [*prompt, assistant("no")]}
+    assert load(tmp_path, [row], tokenizer)[0] == load(tmp_path, [pair(prompt, "hey", "no")], tokenizer)[0]
 
 
 def test_sharegpt_with_lists_and_every_role_name(tokenizer, tmp_path):
@@ -484,10 +510,34 @@ def test_file_types_give_the_same_pairs(kind, tokenizer, tmp_path):
     assert train.to_list() == expected
 
 
+def test_scores_of_any_type_are_compared(tokenizer, tmp_path):
+    rows = [as_conversations(pair("q", "a", "b")) for _ in range(3)]
+    for row, score in zip(rows, ("1.50", "1.5", "2")):
+        row |= {"score_chosen": Decimal(score), "score_rejected": Decimal("2")}
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "pairs.parquet")
+    report = dpotrainer.load_preferences(options(str(tmp_path / "pairs.parquet")), tokenizer)[2]
+    assert report["splits"]["train"]["dropped"] == {"tied scores": (1, [3])}
+
+
 def test_an_empty_csv_cell_is_an_empty_side(tokenizer, tmp_path):
     (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\nq,a,b\nq,,b\n")
     report = dpotrainer.load_preferences(options(str(tmp_path / "pairs.csv")), tokenizer)[2]
     assert report["splits"]["train"]["dropped"] == {"empty side": (1, [2])}
+
+
+def test_train_and_test_come_before_other_names_and_home_is_found(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("train", "test", "train_prefs", "test_prefs"):
+        datasets.Dataset.from_list([pair(name, "a", "b")]).to_parquet(tmp_path / "pairs" / f"{name}.parquet")
+    names = {name: f"{name}.parquet" for name in ("train", "test", "train_prefs", "test_prefs")}
+    configs = [{"split": name, "path": path} for name, path in names.items()]
+    card = {"configs": [{"config_name": "mine", "data_files": configs}]}
+    (tmp_path / "pairs" / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
+    train, held_out, report = dpotrainer.load_preferences(options("~/pairs", dataset_config="mine"), tokenizer)
+    assert list(report["splits"]) == ["train", "test"]
+    assert (tokenizer.decode(train[0]["prompt_ids"]), tokenizer.decode(held_out[0]["prompt_ids"])) == tuple(
+        f"<|im_start|>user\n{name}<|im_end|>\n<|im_start|>assistant\n" for name in ("train", "test")
+    )
 
 
 @pytest.mark.parametrize("names", [("train", "test"), ("train_prefs", "test_prefs")])
@@ -499,6 +549,8 @@ def test_splits_of_a_folder(names, tokenizer, tmp_path, monkeypatch):
     else:
         found = dict(zip(names, map(datasets.Dataset.from_list, (first, second))))
         monkeypatch.setattr(datasets, "load_dataset", lambda **_: {**found, "train_sft": None})
+        with pytest.raises(dpotrainer.UserError, match="has the splits train_prefs, test_prefs, train_sft, but not"):
+            dpotrainer.load_preferences(options("org/name", dataset_train_split="training"), tokenizer)
     train, held_out, report = dpotrainer.load_preferences(options(str(tmp_path), eval_pairs=3), tokenizer)
     assert (len(train), len(held_out)) == (32, 10)  # all of the test split, whatever eval_pairs
     assert list(report["splits"]) == list(names)
@@ -619,12 +671,14 @@ def test_raw_text_that_merges_across_the_boundary_keeps_the_prompt_whole(tokeniz
 
 
 def test_raw_text_starts_with_the_tokens_the_tokenizer_puts_first(tmp_path):
-    both = make_tokenizer(None)
+    both = make_tokenizer("<|im_start|>" + CHATML)
     ids = [("<|im_start|>", both.convert_tokens_to_ids("<|im_start|>")), ("<|im_end|>", both.eos_token_id)]
     both.backend_tokenizer.post_processor = TemplateProcessing("<|im_start|> $A <|im_end|>", special_tokens=ids)
     (found,), _ = load(tmp_path, [{"prompt": "the answer", "chosen": " is", "rejected": " is no"}], both)
     assert both.decode(found["prompt_ids"]) == "<|im_start|>the answer"
     assert both.decode(found["chosen_ids"]) == " is<|im_end|>"
+    (found,), _ = load(tmp_path, [pair("q", "a", "b")], both)
+    assert both.decode(found["prompt_ids"]).startswith("<|im_start|><|im_start|>user")
 
 
 def test_padding_equal_to_eos_hides_no_eos(tmp_path):
@@ -652,6 +706,20 @@ def test_tokens_are_those_of_trl_where_trl_is_right(template, arguments, tmp_pat
     found, _ = load(tmp_path, rows, tokenizer, max_length=None)
     assert [{name: row[name] for name in COLUMNS[:3]} for row in found] == trl_tokens(rows, tokenizer, **arguments)
     assert len(found) == len(rows)
+
+
+def test_tokens_are_those_of_trl_for_a_tokenizer_that_puts_a_space_first(tmp_path):
+    """As Llama 2's: an answer tokenized apart would start with a space of its own."""
+    rows = [pair("the question is", "there", "no answer"), *MANY[:1], *SYSTEM]
+    spaced = make_tokenizer("{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_end|>{% endfor %}"
+                            "{% if add_generation_prompt %}[assistant] {% endif %}")  # fmt: skip
+    for scheme in ("first", "always", "never"):
+        if scheme == "never":  # the older way: the space comes before every part that is normalized in one go
+            spaced.backend_tokenizer.normalizer = normalizers.Prepend("▁")
+            spaced.add_special_tokens({"extra_special_tokens": [AddedToken("[user]", normalized=True, special=True)]})
+        spaced.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+        found, _ = load(tmp_path, rows, spaced)
+        assert [{name: row[name] for name in COLUMNS[:3]} for row in found] == trl_tokens(rows, spaced)
 
 
 def test_raw_tokens_are_those_of_trl_where_nothing_merges(tokenizer, tmp_path):
@@ -729,6 +797,11 @@ def test_a_second_call_reads_the_cache_and_max_length_or_template_do_not(tmp_pat
     assert renders() == 15
     assert renders(learning_rate=1e-6, output_dir="elsewhere", eval_pairs=1, seed=3) == 0
     assert renders(make_tokenizer(CHATML)) == 0
+    tokenizer.unrelated = object()  # what a tokenizer carries along differs from run to run
+    assert renders() == 0
+    larger = make_tokenizer(CHATML)
+    larger.add_tokens(["q1"])
+    assert renders(larger) == 15
     assert renders(max_length=64) == 15
     assert renders(make_tokenizer("{# another #}" + CHATML)) == 15
     assert renders(make_tokenizer(CHATML, eos_token="<|endoftext|>")) == 15

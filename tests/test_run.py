@@ -1,7 +1,6 @@
 """A run from start to end, what it leaves, and every way in which it can be broken off, damaged or started twice."""
 
 import functools
-import json
 import math
 import os
 import random
@@ -79,12 +78,12 @@ def same_result(folder: Path, expected: Path) -> None:
 
 # ------------------------------------------------------------------------------------- changes of the program, by name
 def at_step(program, step, do):
-    """Call do(trainer) at the beginning of a training step."""
-    training_step = program.PreferenceTrainer.training_step
+    """Call do(trainer) once, at the beginning of a training step."""
+    training_step, done = program.PreferenceTrainer.training_step, []
 
     def changed(self, *args, **kwargs):
-        if self.state.global_step + 1 == step:
-            do(self)
+        if self.state.global_step + 1 == step and not done:
+            done.append(do(self))
         return training_step(self, *args, **kwargs)
 
     program.PreferenceTrainer.training_step = changed
@@ -115,7 +114,13 @@ def poison(program, at, value):
 
 
 def limit_files(program, at, size):
-    at_step(program, at, lambda trainer: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+    """No file grows beyond size, or beyond that of the file named."""
+
+    def limit(trainer):
+        most = size.stat().st_size if isinstance(size, Path) else size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+    at_step(program, at, limit)
 
 
 def die_at_rename(program, name):
@@ -211,7 +216,7 @@ def watch_base(program):
 
 def compare_evaluation(model, output, data):
     """The last evaluation in metrics.jsonl against the saved adapter, evaluated by the paper's formulas in float64."""
-    pairs = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
+    pairs = tiny.read_pairs(data / "test.jsonl")
     expected, got = tiny.evaluate_adapter(model, output, pairs), tiny.evaluations(output)[-1]
     assert 0 < expected["eval_rewards/accuracies"] < 1, "says nothing"
     assert got["eval_rewards/accuracies"] == expected.pop("eval_rewards/accuracies")
@@ -232,8 +237,9 @@ def test_the_evaluation_is_exact_for_any_batch(size, inputs, run, tmp_path):
 def test_the_adapter_loads_as_its_readers_load_it(inputs, finished):
     model = AutoPeftModelForCausalLM.from_pretrained(finished[0], dtype=torch.float64).eval()
     tokenizer = AutoTokenizer.from_pretrained(finished[0])
-    pairs = [json.loads(line) for line in (inputs[1] / "test.jsonl").read_text().splitlines()]
-    logps, last = tiny.answer_logps(model, tokenizer, pairs).mean(0), tiny.evaluations(finished[0])[-1]
+    with torch.no_grad():
+        logps = tiny.answer_logps(model, tokenizer, tiny.read_pairs(inputs[1] / "test.jsonl")).mean(0)
+    last = tiny.evaluations(finished[0])[-1]
     assert abs(logps[0] - last["eval_logps/chosen"]) < 1e-4 and abs(logps[1] - last["eval_logps/rejected"]) < 1e-4
 
 
@@ -306,14 +312,14 @@ def test_a_signal_saves_and_the_same_command_continues(number, status, run, fini
     printed = run(functools.partial(send, at=6, signals=[number]), status=status)
     assert "same command" in printed and "Traceback" not in printed
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names >= {"checkpoint-4", "checkpoint-6"} and not names & {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert names >= {"checkpoint-4", "checkpoint-6"} and not names & {"adapter_config.json", "adapter_model.safetensors"}
     assert "checkpoint-6" in run()
     same_result(tmp_path / "out", finished[0])
 
 
 def test_resuming_is_exact_with_dropout_accumulation_epochs_and_averaged_lines(run, tmp_path):
     """Interrupted twice, before and in the second epoch, in the middle of an accumulated line."""
-    settings = {"lora_dropout": 0.3, "logging_steps": 5, "eval_steps": 7, "save_steps": 100, "num_train_epochs": 2,
+    settings = {"lora_dropout": 0.3, "disable_dropout": False, "logging_steps": 5, "eval_steps": 7, "save_steps": 100, "num_train_epochs": 2,
                 "global_batch_size": 8, "per_device_train_batch_size": 2}  # fmt: skip
     run(**settings)
     whole = (tmp_path / "out").rename(tmp_path / "whole")
@@ -331,10 +337,9 @@ def test_a_second_signal_stops_at_once(run, finished, tmp_path):
     same_result(tmp_path / "out", finished[0])
 
 
-def test_a_process_of_its_own_ends_with_the_status_of_the_signal(inputs, finished, tmp_path):
+def test_a_process_of_its_own_ends_with_the_status_of_the_signal(inputs, tmp_path):
     """As a scheduler sees it: a fresh interpreter, SIGTERM from outside at whatever step."""
     flags = tiny.settings(*inputs, tmp_path / "out", eval_steps=100)
-    shutil.copytree(finished[0], tmp_path / "other", ignore=shutil.ignore_patterns("*"))
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen([sys.executable, tiny.PROGRAM, *map(str, flags)], stdout=log, stderr=log, env=tiny.environment())
     metrics = tmp_path / "out" / "metrics.jsonl"
@@ -455,9 +460,8 @@ def test_a_full_disk_is_told_and_older_checkpoints_stay(run, finished, tmp_path)
     same_result(tmp_path / "out", finished[0])
 
 
-def test_a_disk_that_is_full_at_the_end_is_told(run, finished, tmp_path):
-    """No file at all can grow: metrics.jsonl, the first to be written after that, cannot either."""
-    printed = run(functools.partial(limit_files, at=11, size=10), status=1)
+def test_a_disk_too_full_for_the_log_is_told(run, finished, tmp_path):
+    printed = run(functools.partial(limit_files, at=11, size=tmp_path / "out" / "metrics.jsonl"), status=1)
     assert "room" in printed and "Traceback" not in printed and not (tmp_path / "out" / "adapter_config.json").exists()
     run()
     same_result(tmp_path / "out", finished[0])

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import yaml
 from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -194,8 +193,8 @@ def evaluations(folder: Path) -> list[dict]:
     return [row for row in read_metrics(folder) if "eval_loss" in row]
 
 
-def read_settings(folder: Path) -> dict:
-    return yaml.safe_load(Path(folder, "settings.yaml").read_text(encoding="utf-8"))
+def read_pairs(path: Path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 def hash_file(path: Path) -> str:
@@ -224,7 +223,6 @@ def encode_pair(tokenizer, pair: dict, max_length: int) -> list[tuple[list[int],
     return [(row[:max_length], len(prompt)) for row in rows]
 
 
-@torch.no_grad()
 def answer_logps(policy, tokenizer, pairs: list[dict], max_length: int = 96) -> torch.Tensor:
     """Summed log-probs of the answers, (N, 2) in nats for chosen and rejected: one row at a time, no padding."""
     values = []
@@ -236,6 +234,7 @@ def answer_logps(policy, tokenizer, pairs: list[dict], max_length: int = 96) -> 
     return torch.stack(values).view(-1, 2)
 
 
+@torch.no_grad()
 def evaluate_adapter(model: Path, adapter: Path, pairs: list[dict], beta: float = 0.1, reference=None) -> dict:
     """The held-out figures of a saved adapter by the paper's formulas, in float64, each pair counted once."""
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -1,0 +1,459 @@
+"""Every start, every reference and every objective, against formulas of our own in float64."""
+
+import functools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from matplotlib.figure import Figure
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import dpotrainer
+
+LN2 = 0.6931471805599453
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: Path(path).touch())
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny.make_model(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of 16 pairs to train on and 5 held out."""
+    folder = tmp_path_factory.mktemp("pairs")
+    tiny.make_pairs(folder / "train.jsonl", 16, seed=3)
+    tiny.make_pairs(folder / "test.jsonl", 5, seed=4)
+    return folder
+
+
+def make_adapter(base: Path, folder: Path, seed: int) -> Path:
+    """An adapter as an SFT run leaves it, far enough from the base to be told apart, with its tokenizer."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base),
+                           LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM"))  # fmt: skip
+    torch.manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sft(base, tmp_path_factory):
+    return make_adapter(base, tmp_path_factory.mktemp("sft") / "adapter", seed=5)
+
+
+@pytest.fixture(scope="module")
+def merged_sft(base, sft, tmp_path_factory):
+    """The SFT model with its adapter merged, as a plain model."""
+    folder = tmp_path_factory.mktemp("merged") / "model"
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), sft).merge_and_unload().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def train(data, tmp_path, capsys):
+    """train(model, name, settings) -> (output_dir, what was printed)."""
+
+    def start(model, name="out", status=0, data=data, **settings):
+        settings = {"eval_steps": 100, "save_steps": 100} | settings
+        got = dpotrainer.main(tiny.settings(model, data, tmp_path / name, **settings))
+        printed = capsys.readouterr()
+        assert got == status, printed.err
+        return tmp_path / name, printed.out + printed.err
+
+    return start
+
+
+def close(first: Path, second: Path, tolerance: float) -> None:
+    a, b = tiny.losses(first), tiny.losses(second)
+    assert a.keys() == b.keys() and max(abs(a[step] - b[step]) for step in a) <= tolerance, (a, b)
+
+
+def check_evaluation(output, base, data, reference, beta=0.1):
+    """The last held-out figures against the saved adapter on its base and this reference, in float64."""
+    expected = tiny.evaluate_adapter(base, output, tiny.read_pairs(data / "test.jsonl"), beta, tiny.load_policy(reference))
+    got = tiny.evaluations(output)[-1]
+    for name, value in expected.items():
+        assert abs(got[name] - value) < 1e-4, (name, got[name], value)
+
+
+# ------------------------------------------------------------------------------------------------------- references
+def test_auto_and_copy_of_the_same_model_are_the_same_run(base, data, train):
+    auto, printed = train(base, "auto")
+    assert "adapter switched off" in printed
+    copy, printed = train(base, "copy", reference="copy")
+    assert "second, frozen model" in printed
+    close(auto, copy, 1e-6)
+    check_evaluation(copy, base, data, base)
+
+
+def test_copy_of_another_model_is_that_model(base, data, train, tmp_path):
+    other = tiny.make_model(tmp_path / "other", seed=9)
+    output, printed = train(base, reference="copy", ref_model_name_or_path=other)
+    assert str(other) in printed and abs(tiny.losses(output)[1] - LN2) > 1e-3
+    check_evaluation(output, base, data, other)
+
+
+@pytest.mark.parametrize("settings", [{}, {"reference": "adapter"}, {"reference": "copy"}], ids=str)
+def test_an_sft_adapter_is_continued_and_is_the_reference(settings, base, sft, merged_sft, data, train):
+    output, printed = train(sft, **settings)
+    assert str(sft) in printed and ("starting adapter" in printed) == (settings.get("reference") != "copy")
+    first = tiny.read_metrics(output)[0]
+    assert abs(first["loss"] - LN2) < 1e-6 and abs(first["rewards/margins"]) < 1e-5
+    check_evaluation(output, base, data, merged_sft)
+    config = json.loads((output / "adapter_config.json").read_text())
+    assert config["r"] == 3, "not the adapter that was continued"
+
+
+def test_the_three_references_of_an_sft_adapter_agree(sft, train):
+    outputs = [train(sft, name, reference=name)[0] for name in ("auto", "adapter", "copy")]
+    close(outputs[0], outputs[1], 0)
+    close(outputs[0], outputs[2], 1e-5)
+
+
+def test_a_fresh_adapter_starts_at_the_sft_model(base, sft, merged_sft, data, train):
+    output, _ = train(sft, fresh_adapter=True, lora_r=4)
+    first = tiny.read_metrics(output)[0]
+    assert abs(first["loss"] - LN2) < 1e-6 and first["rewards/margins"] == 0
+    assert json.loads((output / "adapter_config.json").read_text())["r"] == 4
+    held_out, last = tiny.read_pairs(data / "test.jsonl"), tiny.evaluations(output)[-1]
+    with torch.no_grad():
+        reference = tiny.answer_logps(tiny.load_policy(merged_sft), AutoTokenizer.from_pretrained(base), held_out).mean(0)
+    assert abs(last["eval_logps/chosen"] - last["eval_rewards/chosen"] / 0.1 - reference[0]) < 1e-3
+    assert abs(last["eval_logps/rejected"] - last["eval_rewards/rejected"] / 0.1 - reference[1]) < 1e-3
+
+
+def test_a_fresh_adapter_loads_onto_the_model_it_was_trained_on(sft, data, train):
+    """What AutoPeftModelForCausalLM makes of the output must be the policy that was trained."""
+    output, _ = train(sft, fresh_adapter=True)
+    model = AutoPeftModelForCausalLM.from_pretrained(output, dtype=torch.float64).eval()
+    last, tokenizer = tiny.evaluations(output)[-1], AutoTokenizer.from_pretrained(output)
+    with torch.no_grad():
+        logps = tiny.answer_logps(model, tokenizer, tiny.read_pairs(data / "test.jsonl")).mean(0)
+    assert abs(last["eval_logps/chosen"] - logps[0]) < 1e-3 and abs(last["eval_logps/rejected"] - logps[1]) < 1e-3
+
+
+def test_an_adapter_without_a_tokenizer_takes_its_base_s(sft, data, train, tmp_path):
+    bare = shutil.copytree(sft, tmp_path / "bare", ignore=shutil.ignore_patterns("token*", "chat*"))
+    close(train(sft, "a", max_steps=2)[0], train(bare, "b", max_steps=2)[0], 0)
+
+
+def test_a_reference_that_does_not_apply_is_refused(base, sft, train, tmp_path):
+    assert "no adapter" in train(base, status=2, reference="adapter")[1]
+    assert "no adapter" in train(base, status=2, fresh_adapter=True)[1]
+    broken = shutil.copytree(sft, tmp_path / "broken")
+    config = json.loads((broken / "adapter_config.json").read_text()) | {"base_model_name_or_path": "/nowhere/base"}
+    (broken / "adapter_config.json").write_text(json.dumps(config))
+    assert "/nowhere/base" in train(broken, status=2)[1]
+
+
+@pytest.mark.parametrize("start, settings", [("base", {}), ("base", {"reference": "copy"}), ("sft", {}), ("sft", {"fresh_adapter": True})],
+                         ids=str)  # fmt: skip
+def test_the_reference_does_not_move(start, settings, train, request, monkeypatch):
+    train_first, compared = dpotrainer.PreferenceTrainer.train, []
+
+    def frozen(trainer):
+        every = [(name, p) for name, p in trainer.model.named_parameters() if not p.requires_grad]
+        every += [(f"reference.{name}", p) for name, p in trainer.ref_model.named_parameters()] if trainer.ref_model else []
+        return {name: p.detach().clone() for name, p in every}
+
+    def watched(self, *args, **kwargs):
+        before = frozen(self)
+        result = train_first(self, *args, **kwargs)
+        compared.append((before, frozen(self)))
+        return result
+
+    monkeypatch.setattr(dpotrainer.PreferenceTrainer, "train", watched)
+    train(request.getfixturevalue(start), learning_rate=0.01, **settings)
+    before, after = compared[0]
+    part = {"copy": "reference.", "auto": "base_layer"}[settings.get("reference", "auto")] if start == "base" or settings else ".ref."
+    assert sum(part in name for name in before) >= 14
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+# ------------------------------------------------------------------------------------------------------- objectives
+# Each formula takes the log ratios log pi - log pi_ref of chosen and rejected, (N,) each in nats, and what else it needs:
+# b beta, n their lengths in tokens (N, 2), e label smoothing, t the discopop temperature, x log pi of all chosen tokens.
+FORMULAS = {
+    "sigmoid": lambda c, r, b, **_: -logsigmoid(b * (c - r)),  # 2305.18290, eq. 7
+    "hinge": lambda c, r, b, **_: (1 - b * (c - r)).clamp(min=0),  # 2305.10425
+    "ipo": lambda c, r, b, n, **_: (c / n[:, 0] - r / n[:, 1] - 1 / (2 * b)) ** 2,  # 2310.12036, eq. 17, per token
+    "robust": lambda c, r, b, e, **_: (-(1 - e) * logsigmoid(b * (c - r)) + e * logsigmoid(b * (r - c))) / (1 - 2 * e),  # 2403.00409
+    "exo_pair": lambda c, r, b, e, **_: kl(torch.sigmoid(b * (c - r)), 1 - e),  # 2402.00856, eq. 16
+    "nca_pair": lambda c, r, b, **_: -logsigmoid(b * c) - 0.5 * logsigmoid(-b * c) - 0.5 * logsigmoid(-b * r),  # 2402.05369
+    "bco_pair": lambda c, r, b, **_: -logsigmoid(b * c) - logsigmoid(-b * r),  # 2404.04656, without the shift
+    "sppo_hard": lambda c, r, b, **_: (c - 0.5 / b) ** 2 + (r + 0.5 / b) ** 2,  # 2405.00675, eq. 4.7
+    "aot_unpaired": lambda c, r, b, e, **_: smooth(b * (c.sort().values - r.sort().values), e),  # 2406.05882
+    "apo_zero": lambda c, r, b, **_: 1 - torch.sigmoid(b * c) + torch.sigmoid(b * r),  # 2408.06266, eq. 7
+    "apo_down": lambda c, r, b, **_: torch.sigmoid(b * c) + 1 - torch.sigmoid(b * (c - r)),  # 2408.06266, eq. 8
+    "discopop": lambda c, r, b, t, **_: blend(b * (c - r), torch.sigmoid(b * (c - r) / t)),  # 2406.08414, eq. 5
+    "sft": lambda c, r, b, x, **_: -x.mean().expand(len(c)),
+    "sigmoid_norm": lambda c, r, b, n, **_: -logsigmoid(b * (c / n[:, 0] - r / n[:, 1])),  # 2405.14734
+}
+
+
+def kl(p, q):
+    return p * torch.log(p / q) + (1 - p) * torch.log((1 - p) / (1 - q))
+
+
+def smooth(logits, e):
+    return -(1 - e) * logsigmoid(logits) - e * logsigmoid(-logits)
+
+
+def blend(logits, share):
+    return -logsigmoid(logits) * (1 - share) + torch.exp(-logits) * share
+
+
+@pytest.fixture(scope="module")
+def first_step(base, sft, data):
+    """What the first step on all pairs at once starts from, in float64: the SFT adapter as policy, the bare base as reference."""
+    pairs, tokenizer = tiny.read_pairs(data / "train.jsonl"), AutoTokenizer.from_pretrained(base)
+    policy = tiny.load_policy(base, sft)
+    for name, weight in policy.named_parameters():
+        weight.requires_grad_("lora_" in name)
+    logps = tiny.answer_logps(policy, tokenizer, pairs)
+    with torch.no_grad():
+        reference = tiny.answer_logps(tiny.load_policy(base), tokenizer, pairs)
+    lengths = torch.tensor([[len(ids) - start for ids, start in tiny.encode_pair(tokenizer, pair, 96)] for pair in pairs])
+    return policy, logps, reference, lengths
+
+
+def expected_step(first_step, losses, weights, beta, e, t):
+    """(loss, norm of its gradient with respect to the adapter, rewards (N, 2))."""
+    policy, logps, reference, lengths = first_step
+    (c, r), tokens = (logps - reference).T, lengths[:, 0].sum()
+    terms = {"b": beta, "n": lengths, "e": e, "t": t, "x": logps[:, 0].sum() / tokens}
+    if "aot" in losses:  # sorts policy and reference apart (2406.05882)
+        FORMULAS["aot"] = lambda c, r, b, e, **_: smooth(
+            b * ((logps[:, 0] - logps[:, 1]).sort().values - (reference[:, 0] - reference[:, 1]).sort().values), e)  # fmt: skip
+    loss = sum(weight * FORMULAS[name](c, r, **terms).mean() for name, weight in zip(losses, weights, strict=True))
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss, trained, retain_graph=True)
+    return loss.item(), torch.stack([g.norm() for g in gradients]).norm().item(), (beta * (logps - reference)).detach()
+
+
+OBJECTIVES = [([name], [1.0], beta, e) for name, betas, e in (
+    ("sigmoid", (0.05, 0.1, 0.5), 0.0), ("hinge", (0.05, 0.5), 0.0), ("ipo", (0.05, 0.5), 0.0), ("robust", (0.05, 0.5), 0.1),
+    ("robust", (0.1,), 0.0), ("exo_pair", (0.1,), 1e-3), ("nca_pair", (0.1,), 0.0), ("bco_pair", (0.1,), 0.0), ("sppo_hard", (0.1,), 0.0),
+    ("aot", (0.1,), 0.2), ("aot_unpaired", (0.1,), 0.2), ("apo_zero", (0.1,), 0.0), ("apo_down", (0.1,), 0.0), ("discopop", (0.1,), 0.0),
+    ("sft", (0.1,), 0.0), ("sigmoid_norm", (2.0,), 0.0)) for beta in betas]  # fmt: skip
+OBJECTIVES += [(["sigmoid", "sft"], [1.0, 0.2], 0.1, 0.0), (["hinge", "ipo", "bco_pair"], [0.5, 0.01, 2.0], 0.1, 0.0)]
+
+
+@pytest.mark.parametrize("losses, weights, beta, e", OBJECTIVES, ids=lambda x: "-".join(map(str, x)) if isinstance(x, list) else str(x))
+def test_every_objective_has_the_value_and_gradient_of_its_paper(losses, weights, beta, e, base, sft, first_step, train):
+    loss, gradient, rewards = expected_step(first_step, losses, weights, beta, e, 0.05)
+    more = {"loss_weights": weights} if len(losses) > 1 else {}
+    more |= {"label_smoothing": e} if e else {}
+    output, printed = train(sft, reference="copy", ref_model_name_or_path=base, loss_type=losses, beta=beta, max_steps=1,
+                            global_batch_size=16, per_device_train_batch_size=16, eval_strategy="no", **more)  # fmt: skip
+    row = tiny.read_metrics(output)[0]
+    assert abs(row["loss"] - loss) <= 2e-5 * max(1, abs(loss)), (row["loss"], loss)
+    assert abs(row["grad_norm"] - gradient) <= 1e-4 * max(1, gradient), (row["grad_norm"], gradient)
+    expected = {"chosen": rewards[:, 0], "rejected": rewards[:, 1], "margins": rewards[:, 0] - rewards[:, 1]}
+    expected = {name: values.mean().item() for name, values in expected.items()}
+    expected["accuracies"] = (rewards[:, 0] > rewards[:, 1]).double().mean().item()
+    assert 0 < expected["accuracies"] < 1 and abs(expected["margins"]) > 1e-3, "says nothing"
+    for name, value in expected.items():
+        assert abs(row[f"rewards/{name}"] - value) < 1e-4, name
+    assert all(dpotrainer.OBJECTIVES[name].split(",")[0] in printed for name in losses), "not named in the plan"
+
+
+def test_every_objective_of_the_program_is_tried_here():
+    assert {name for losses, *_ in OBJECTIVES for name in losses} == set(dpotrainer.OBJECTIVES)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "robust", "sft"])
+def test_the_evaluation_has_the_loss_of_its_objective(loss_type, base, sft, data, train):
+    """The mean over the held-out pairs of each pair's own loss, whatever the batch."""
+    e = 0.1 if loss_type == "robust" else 0.0
+    more = {"label_smoothing": e} if e else {}
+    output, _ = train(sft, loss_type=loss_type, max_steps=1, per_device_eval_batch_size=3, reference="copy",
+                      ref_model_name_or_path=base, **more)  # fmt: skip
+    pairs, tokenizer = tiny.read_pairs(data / "test.jsonl"), AutoTokenizer.from_pretrained(base)
+    lengths = torch.tensor([[len(ids) - start for ids, start in tiny.encode_pair(tokenizer, pair, 96)] for pair in pairs])
+    with torch.no_grad():
+        policy, reference = (tiny.answer_logps(model, tokenizer, pairs) for model in (tiny.load_policy(base, output), tiny.load_policy(base)))
+    c, r = (policy - reference).T
+    each = [FORMULAS[loss_type](c[i : i + 1], r[i : i + 1], b=0.1, n=lengths[i : i + 1], e=e, x=policy[i, 0] / lengths[i, 0])
+            for i in range(len(pairs))]  # fmt: skip
+    assert abs(tiny.evaluations(output)[-1]["eval_loss"] - torch.cat(each).mean()) < 1e-4
+
+
+def test_robust_without_noise_says_that_it_is_sigmoid(base, train):
+    _, printed = train(base, loss_type="robust", dry_run=True)
+    assert "equals sigmoid" in printed
+
+
+# --------------------------------------------------------------------------------- cached reference log-probabilities
+@pytest.fixture
+def cached(train):
+    """cached(model, name, settings) -> (output_dir, pairs found, pairs in all, path); removes the files at the end."""
+    paths = set()
+
+    def start(model, name, **settings):
+        output, printed = train(model, name, precompute_ref_log_probs=True, **settings)
+        found, total, path = re.search(r"(\d+) of (\d+) pairs are in (\S+)", printed).groups()
+        paths.add(Path(path))
+        return output, int(found), int(total), Path(path)
+
+    yield start
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("start", ["base", "sft"])
+def test_cached_log_probs_change_nothing_and_are_computed_once(start, base, data, train, cached, request, merged_sft):
+    model = request.getfixturevalue(start)
+    without, _ = train(model, "without", num_train_epochs=2)
+    cold, found, total, path = cached(model, "cold", num_train_epochs=2)
+    assert (found, total) == (0, 21)
+    written = tiny.hash_file(path)
+    warm, found, total, again = cached(model, "warm", num_train_epochs=2)
+    assert (found, total, again) == (21, 21, path) and tiny.hash_file(path) == written
+    close(without, cold, 1e-6)
+    close(cold, warm, 0)
+    check_evaluation(warm, base, data, base if start == "base" else merged_sft)
+
+
+def test_a_sweep_shares_the_cache(base, train, cached):
+    *_, path = cached(base, "first", max_steps=1)
+    for i, settings in enumerate(({"learning_rate": 1e-3, "beta": 0.3}, {"loss_type": "ipo", "seed": 7}, {"lora_r": 2})):
+        assert cached(base, f"again-{i}", max_steps=1, **settings)[1:] == (21, 21, path), settings
+    close(train(base, "without", max_steps=3, beta=0.3)[0], cached(base, "with", max_steps=3, beta=0.3)[0], 1e-6)
+
+
+def test_other_numbers_are_computed_anew(base, sft, data, cached, tmp_path):
+    """Other weights in the same folder, a cut elsewhere, another type, another start."""
+    model = shutil.copytree(base, tmp_path / "model")
+    *_, first = cached(model, "first", max_steps=1)
+    tiny.make_model(model, seed=77)
+    _, found, _, path = cached(model, "changed", max_steps=1)
+    assert found == 0 and path != first
+    assert cached(model, "shorter", max_steps=1, max_length=40)[1] < 21
+    assert cached(model, "type", max_steps=1, dtype="bfloat16")[1] == 0
+    assert cached(sft, "sft", max_steps=1)[1] == 0
+
+
+def test_only_new_pairs_are_computed(base, data, cached, tmp_path):
+    cached(base, "first", max_steps=1)
+    more = shutil.copytree(data, tmp_path / "more")
+    lines = (more / "train.jsonl").read_text().splitlines(keepends=True)
+    rng = random.Random(8)
+    lines[3:6] = [json.dumps(tiny.make_pair(rng)) + "\n" for _ in range(3)]
+    (more / "train.jsonl").write_text("".join(lines))
+    assert cached(base, "second", max_steps=1, data=more)[1:3] == (18, 21)
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeros", "no database"])
+def test_a_torn_cache_is_no_harm(damage, base, train, cached):
+    without, _ = train(base, "without", max_steps=3)
+    *_, path = cached(base, "cold", max_steps=1)
+    size = path.stat().st_size
+    content = {"cut": path.read_bytes()[: size // 2], "zeros": bytes(size), "no database": b"torn" * 100}[damage]
+    path.write_bytes(content)
+    close(without, cached(base, "after", max_steps=3)[0], 1e-6)
+
+
+def die_at_reference_batch(program, batch):
+    """kill -9 while the reference's log-probs are computed."""
+    compute, calls = program.PreferenceTrainer.compute_ref_log_probs, []
+
+    def changed(self, *args):
+        calls.append(1)
+        if len(calls) == batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return compute(self, *args)
+
+    program.PreferenceTrainer.compute_ref_log_probs = changed
+
+
+def test_a_kill_while_the_cache_is_filled_loses_one_batch(base, data, train, cached, tmp_path):
+    flags = tiny.settings(base, data, tmp_path / "out", precompute_ref_log_probs=True, max_steps=3, eval_steps=100, save_steps=100)
+    process = tiny.start_program(flags, tmp_path / "log", functools.partial(die_at_reference_batch, batch=4))
+    assert tiny.end_program(process) == -signal.SIGKILL, (tmp_path / "log").read_text()
+    output, found, total, _ = cached(base, "out", max_steps=3)
+    assert found == 12 and total == 21  # three batches of four
+    close(train(base, "without", max_steps=3)[0], output, 1e-6)
+
+
+# ------------------------------------------------------------------------------------------- what comes after training
+@pytest.mark.parametrize("start, settings", [("base", {}), ("sft", {}), ("sft", {"fresh_adapter": True})], ids=str)
+def test_the_merged_model_is_the_policy(start, settings, base, data, train, request):
+    output, printed = train(request.getfixturevalue(start), merge=True, learning_rate=0.01, **settings)
+    assert "merged" in printed
+    merged = AutoModelForCausalLM.from_pretrained(output / "merged", dtype=torch.float64).eval()
+    assert not [name for name, _ in merged.named_parameters() if "lora" in name]
+    assert {path.name for path in (output / "merged").iterdir()} >= {"model.safetensors", "config.json", "generation_config.json",
+                                                                    "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
+    tokenizer, last = AutoTokenizer.from_pretrained(output / "merged"), tiny.evaluations(output)[-1]
+    pairs = tiny.read_pairs(data / "test.jsonl")
+    with torch.no_grad():
+        logps = tiny.answer_logps(merged, tokenizer, pairs).mean(0)
+        assert abs(last["eval_logps/chosen"] - logps[0]) < 1e-3 and abs(last["eval_logps/rejected"] - logps[1]) < 1e-3
+        if not settings:
+            policy = tiny.load_policy(base, output)
+            ids = torch.tensor([tiny.encode_pair(tokenizer, pairs[0], 96)[0][0]])
+            assert torch.allclose(merged(input_ids=ids).logits, policy(input_ids=ids).logits, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- other models
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma", "qwen2"])
+def test_other_architectures_train_alike(architecture, data, train, tmp_path):
+    model = tiny.make_model(tmp_path / architecture, architecture)
+    output, printed = train(model)
+    assert re.search(r"prefixes +shared", printed)
+    assert abs(tiny.losses(output)[1] - LN2) < 1e-6
+    check_evaluation(output, model, data, model)
+    stock, printed = train(model, "stock", share_prefixes=False)
+    close(output, stock, 1e-5)
+
+
+def test_a_sliding_window_is_not_shared_and_trains(data, train, tmp_path):
+    model = tiny.make_model(tmp_path / "sliding", "mistral", sliding_window=16)
+    output, printed = train(model)
+    assert re.search(r"prefixes +not shared: .*sliding", printed)
+    check_evaluation(output, model, data, model)
+
+
+def test_nothing_in_the_program_names_a_model_but_the_constants():
+    source = tiny.PROGRAM.read_text(encoding="utf-8")
+    beyond = source.split("end of edits")[1]
+    assert not re.search(r"qwen[23]?[-_ /]?\d*b?-?\b", re.sub(r'""".*?"""|#.*', "", beyond, flags=re.DOTALL).replace("qwen3_8b_qlora", ""), re.IGNORECASE)
+
+
+# ---------------------------------------------------------------------------------------------------- plain strings
+def test_chat_strings_are_wrapped_in_the_template(base, train, tmp_path):
+    """The same pairs as strings and as messages are the same run; as raw text they are another one."""
+    rows = []
+    for seed in range(40):
+        pair = tiny.make_pair(random.Random(seed))
+        if len(pair["prompt"]) == 1:
+            rows.append(pair)
+    strings = [{name: side[0]["content"] for name, side in pair.items()} for pair in rows]
+    for name, content in (("messages", rows), ("strings", strings)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    messages, _ = train(base, "a", data=tmp_path / "messages", eval_pairs=4)
+    wrapped, _ = train(base, "b", data=tmp_path / "strings", eval_pairs=4, chat_strings=True)
+    raw, _ = train(base, "c", data=tmp_path / "strings", eval_pairs=4)
+    assert tiny.read_metrics(wrapped) == tiny.read_metrics(messages) != tiny.read_metrics(raw)
+    assert abs(tiny.losses(raw)[1] - LN2) < 1e-6
