@@ -827,6 +827,13 @@ def build_trainer(s, args, start, train, held_out) -> "PreferenceTrainer":
     """Policy, reference and pairs in a DPOTrainer; without `ref_model` it switches the adapter off, or copies it."""
     set_seed(s.seed)
     policy, reason = load_model(s, args, start.base, start.adapter, trainable=start.continues)
+    if s.fresh_adapter:  # the new adapter is one of the merged model, so that model has to be there
+        folder = Path(s.output_dir, "base")
+        if is_main() and not folder.exists():
+            for part in (policy, start.tokenizer):
+                part.save_pretrained(f"{folder}.incomplete")
+            os.rename(f"{folder}.incomplete", folder)
+        policy.name_or_path = policy.config._name_or_path = str(folder)
     reference = None
     if start.reference == "copy":
         other = (s.ref_model_name_or_path, None) if s.ref_model_name_or_path else (start.base, start.adapter)
@@ -967,6 +974,15 @@ def cache_reference(trainer: PreferenceTrainer, s: argparse.Namespace, start: ar
     """The reference's log-probs as columns, from a database that runs share; what is missing is computed and kept."""
     path = Path(HF_HOME, "dpotrainer", f"reference-{reference_key(s, start)}.sqlite")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if is_main() and path.exists():
+        try:
+            with closing(sqlite3.connect(path)) as database:
+                database.execute(
+                    "SELECT sum(pair), sum(chosen), sum(rejected) FROM logps"
+                ).fetchall()  # reads all of it
+        except sqlite3.DatabaseError as error:
+            say(f"{path} is damaged ({error}): renamed to {set_aside(path, f'damaged-{path.name}')}")
+    trainer.accelerator.wait_for_everyone()
     names = [name for name in ("train_dataset", "eval_dataset") if getattr(trainer, name) is not None]
     pairs = concatenate_datasets([getattr(trainer, name) for name in names])
     with closing(sqlite3.connect(path, timeout=600)) as database:
@@ -1556,6 +1572,9 @@ def resume_point(trainer: PreferenceTrainer, folder: Path) -> str | None:
             say(f"{path.name} is not whole: renamed to {set_aside(path, f'incomplete-{path.name}')}")
     trainer.accelerator.wait_for_everyone()
     newest = next(reversed(sort_checkpoints(str(folder))), None)
+    if newest and any(Path(newest).glob("pytorch_model_fsdp*")) != is_sharded():
+        raise UserError(f"{newest} was written {'without' if is_sharded() else 'under'} FSDP: launch as before, or choose "
+                        "another output_dir")  # fmt: skip
     if newest and json.loads(Path(newest, MANIFEST).read_text(encoding="utf-8"))["data"] != trainer.data_hash:
         ways = "restore them, choose another output_dir, or `--overwrite true`"
         raise UserError(f"dataset_name: its pairs are not those that {newest} was trained on; {ways}")

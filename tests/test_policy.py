@@ -1,6 +1,7 @@
 """Every start, every reference and every objective, against formulas of our own in float64."""
 
 import functools
+import gc
 import json
 import os
 import random
@@ -18,6 +19,8 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpotrainer
+
+gc.freeze()  # the collections of each run then skip the libraries
 
 LN2 = 0.6931471805599453
 

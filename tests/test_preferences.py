@@ -38,7 +38,7 @@ def make_tokenizer(template, **special):
     bpe.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400, initial_alphabet=[*pre_tokenizers.ByteLevel.alphabet(), "▁"], show_progress=False
     )
     bpe.train_from_iterator(["the answer to the question is that there is no answer\n\n there"] * 4, trainer)
     bpe.add_special_tokens([AddedToken(f"<|{name}|>", special=True) for name in ("endoftext", "im_start", "im_end")])
@@ -343,7 +343,9 @@ def test_several_turns_that_a_template_renders_otherwise_are_dropped(qwen, tmp_p
 def test_a_prompt_repeated_in_the_answers_is_taken_out_once(tokenizer, tmp_path):
     rows = SYSTEM + MANY
     repeated = [{**as_conversations(row), "prompt": row["prompt"]} for row in rows]
-    assert load(tmp_path, repeated, tokenizer)[0] == load(tmp_path, rows, tokenizer)[0]
+    once = [{**row, "rejected": row["prompt"] + row["rejected"]} for row in rows]
+    expected = load(tmp_path, rows, tokenizer)[0]
+    assert load(tmp_path, repeated, tokenizer)[0] == load(tmp_path, once, tokenizer)[0] == expected
 
 
 def test_a_prompt_string_must_be_a_user_turn_of_both(tokenizer, tmp_path):
@@ -711,8 +713,8 @@ def test_tokens_are_those_of_trl_where_trl_is_right(template, arguments, tmp_pat
 def test_tokens_are_those_of_trl_for_a_tokenizer_that_puts_a_space_first(tmp_path):
     """As Llama 2's: an answer tokenized apart would start with a space of its own."""
     rows = [pair("the question is", "there", "no answer"), *MANY[:1], *SYSTEM]
-    spaced = make_tokenizer("{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_end|>{% endfor %}"
-                            "{% if add_generation_prompt %}[assistant] {% endif %}")  # fmt: skip
+    spaced = make_tokenizer("{% for m in messages %}[{{ m.role }}]:{{ m.content }}<|im_end|>{% endfor %}"
+                            "{% if add_generation_prompt %}[assistant]:{% endif %}")  # fmt: skip
     for scheme in ("first", "always", "never"):
         if scheme == "never":  # the older way: the space comes before every part that is normalized in one go
             spaced.backend_tokenizer.normalizer = normalizers.Prepend("▁")

@@ -1,0 +1,269 @@
+"""Two CPU processes over gloo train what one process trains: DDP and FSDP2, by the files under configs/accelerate."""
+
+import functools
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from safetensors import safe_open
+from test_run import compare_evaluation, send
+from torch.distributed.checkpoint import FileSystemReader
+
+CONFIGS = tiny.ROOT / "configs" / "accelerate"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """(model, data): 32 pairs to train on, and 9 held out, which two processes cannot divide."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.make_pairs(folder / "pairs" / "train.jsonl", 32, seed=1)
+    tiny.make_pairs(folder / "pairs" / "test.jsonl", 9, seed=2)
+    return tiny.make_model(folder / "model"), folder / "pairs"
+
+
+@pytest.fixture(scope="module")
+def one(inputs, tmp_path_factory):
+    """output_dir of one process: 8 steps of 4 pairs."""
+    folder = tmp_path_factory.mktemp("one")
+    process = tiny.start_program(tiny.settings(*inputs, folder / "out"), folder / "log", tiny.no_pictures)
+    assert tiny.end_program(process) == 0, (folder / "log").read_text()
+    return folder / "out"
+
+
+def cpu_config(name, folder) -> Path:
+    """A file of configs/accelerate for two processes on CPUs, all else as it is shipped."""
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
+    config |= {"use_cpu": True, "mixed_precision": "no", "num_processes": 2}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+def launcher_variables(config: Path) -> dict[str, str]:
+    """What `accelerate launch --config_file` puts into the environment of each process."""
+    args = launch_command_parser().parse_args(["--config_file", str(config), str(tiny.PROGRAM)])
+    variables = prepare_multi_gpu_env(_validate_launch_command(args)[0])
+    return {name: value for name, value in variables.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+def shard_on_cpu(program):
+    """Let accelerate shard on CPUs: torch's FSDP2 can, accelerate only asks it to on GPUs. Tells how much is sharded."""
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+    first, train = AcceleratorState.__init__, program.PreferenceTrainer._save_checkpoint
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        first(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    def save(self, *args):
+        kinds = [type(p).__name__ for name, p in self.model.named_parameters() if ".layers." in name]
+        print(f"in decoder layers: {kinds.count('DTensor')} of {len(kinds)} sharded")
+        return train(self, *args)
+
+    AcceleratorState.__init__, program.PreferenceTrainer._save_checkpoint = init, save
+
+
+@pytest.fixture
+def run(inputs, tmp_path):
+    """run(processes, *changes, status=0, changes_of={rank: change}, variables, settings) -> what each printed."""
+
+    def start(processes, *changes, status=0, only=(), variables=None, model=inputs[0], **settings):
+        settings = {"per_device_train_batch_size": 4 // processes, "per_device_eval_batch_size": 2} | settings
+        flags = tiny.settings(model, inputs[1], tmp_path / "out", **settings)
+        port, logs, started = 20000 + (os.getpid() * 7 + time.monotonic_ns() // 1000) % 20000, [], []
+        for rank in range(processes):
+            logs.append(tmp_path / f"log-{time.monotonic_ns()}-{rank}")
+            its = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if processes > 1 else {}  # fmt: skip
+            mine = [change for of, change in only if of == rank]
+            started.append(tiny.start_program(flags, logs[-1], tiny.no_pictures, *changes, *mine, **its | (variables or {})))
+        ended = [tiny.end_program(process) for process in started]
+        printed = [log.read_text() for log in logs]
+        assert ended == [status] * processes, "\n".join(printed)
+        return printed
+
+    return start
+
+
+def same_trajectory(folder: Path, expected: Path, tolerance: float = 1e-5) -> None:
+    a, b = tiny.losses(folder), tiny.losses(expected)
+    assert list(a) == list(b) and max(abs(a[step] - b[step]) for step in a) < tolerance, (a, b)
+    for got, want in zip(tiny.evaluations(folder), tiny.evaluations(expected), strict=True):
+        assert got["step"] == want["step"] and got["eval_rewards/accuracies"] == want["eval_rewards/accuracies"]
+        for name, value in want.items():
+            assert abs(got[name] - value) < 1e-3 if "logps" in name else abs(got[name] - value) < tolerance, name
+
+
+def tensor_names(checkpoint: Path) -> set[str]:
+    """The names of all tensors in the model's files of a checkpoint, in whatever form."""
+    names = set()
+    for path in checkpoint.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names |= set(file.keys())
+    for path in checkpoint.glob("pytorch_model*.bin"):
+        names |= set(torch.load(path, weights_only=True))
+    for path in checkpoint.glob("pytorch_model*/"):
+        names |= set(FileSystemReader(path).read_metadata().state_dict_metadata)
+    return names
+
+
+# ----------------------------------------------------------------------------------------------------------------- DDP
+def processes_of(folder: Path) -> list[int]:
+    """Processes that have the folder's name in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(folder).encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def launch(config: Path, flags: list[str], log: Path) -> subprocess.Popen:
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, tiny.PROGRAM, *flags]
+    with open(log, "w") as file:
+        return subprocess.Popen([str(word) for word in words], stdout=file, stderr=file, env=tiny.environment())
+
+
+def test_accelerate_launch_equals_one_process_and_survives_sigterm(inputs, one, tmp_path):
+    """As the README says it: the launcher gets SIGTERM, all processes stop, the same command ends as one process does."""
+    config, output = cpu_config("ddp", tmp_path), tmp_path / "out"
+    flags = tiny.settings(*inputs, output, per_device_train_batch_size=2, per_device_eval_batch_size=2)
+    first = launch(config, flags, tmp_path / "first")
+    end = time.monotonic() + 120
+    while first.poll() is None and time.monotonic() < end and not (output / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(60) != 0
+    tiny.wait_until(lambda: not processes_of(tmp_path), 20)
+    assert not (output / "adapter_config.json").exists() and list(output.glob("checkpoint-*")), (tmp_path / "first").read_text()
+    second = launch(config, flags, tmp_path / "second")
+    assert second.wait(120) == 0, (tmp_path / "second").read_text()
+    same_trajectory(output, one)
+    compare_evaluation(inputs[0], output, inputs[1])
+    printed = (tmp_path / "second").read_text()
+    assert printed.count("continuing from") == 1 and "4 pairs = 2 per device x 1 accumulation x 2 processes on cpu" in printed
+
+
+def test_only_the_main_process_prints(run, one, tmp_path):
+    main, other = run(2, sample_prompts=2)
+    assert not [line for line in other.splitlines() if line.strip() and "Loading weights" not in line], other
+    assert len(re.findall(r"^ +\d+ +\d\.\d{4} ", main, flags=re.MULTILINE)) == 8 + 2 and main.count("policy  ") == 1
+    same_trajectory(tmp_path / "out", one)
+    assert (tmp_path / "out" / "samples.md").read_text().count("## ") == 4
+
+
+def test_a_run_moves_between_two_processes_and_one(run, one, tmp_path, inputs):
+    """Only the second process hears the first signal; both stop at the same step."""
+    run(2, status=143, only=[(1, functools.partial(send, at=3, signals=[signal.SIGTERM]))])
+    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-3"}
+    run(1, functools.partial(send, at=6, signals=[signal.SIGINT]), status=130)
+    assert "checkpoint-6" in run(2)[0]
+    same_trajectory(tmp_path / "out", one)
+    compare_evaluation(inputs[0], tmp_path / "out", inputs[1])
+
+
+def test_accumulation_over_two_processes(run, one, tmp_path):
+    run(2, per_device_train_batch_size=1, per_device_eval_batch_size=3)
+    same_trajectory(tmp_path / "out", one)
+
+
+def test_two_processes_fill_one_cache(run, one, tmp_path):
+    cold, _ = run(2, precompute_ref_log_probs=True)
+    found, total, path = re.search(r"(\d+) of (\d+) pairs are in (\S+)", cold).groups()
+    try:
+        assert (found, total) == ("0", "41")
+        same_trajectory(tmp_path / "out", one, 1e-5)
+        (tmp_path / "out").rename(tmp_path / "cold")
+        assert "41 of 41 pairs" in run(2, precompute_ref_log_probs=True, max_steps=1)[0]
+    finally:
+        Path(path).unlink()
+
+
+def die(program, at):
+    send(program, at, [signal.SIGKILL])
+
+
+def test_a_process_that_dies_takes_the_other_along(run, inputs, one, tmp_path):
+    with pytest.raises(AssertionError, match="-9"):
+        run(2, only=[(1, functools.partial(die, at=6))])  # fails on the statuses, not on a time-out
+    assert not (tmp_path / "out" / "adapter_config.json").exists() and (tmp_path / "out" / "checkpoint-4").exists()
+    run(2)
+    same_trajectory(tmp_path / "out", one)
+
+
+def test_what_is_refused_is_refused_once(run, tmp_path):
+    main, other = run(2, status=2, beta=-1)
+    assert "beta=-1" in main and not other and not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- sharded
+@pytest.fixture
+def sharded(run, tmp_path):
+    """As run, with two processes that share one model as fsdp2.yaml says."""
+    variables = launcher_variables(cpu_config("fsdp2", tmp_path))
+    assert variables["ACCELERATE_USE_FSDP"] == "true" and variables["FSDP_VERSION"] == "2"
+    return functools.partial(run, 2, shard_on_cpu, variables=variables)
+
+
+def test_fsdp2_equals_one_process_and_saves_only_the_adapter(sharded, one, inputs, tmp_path):
+    """Interrupted and resumed, with activations recomputed."""
+    sharded(status=143, gradient_checkpointing=True, only=[(0, functools.partial(send, at=6, signals=[signal.SIGTERM]))])
+    printed = sharded(gradient_checkpointing=True)
+    sizes = [re.search(r"(\d+) of (\d+) sharded", text).groups() for text in printed]
+    assert all(part == whole != "0" for part, whole in sizes) and "continuing from" in printed[0]
+    same_trajectory(tmp_path / "out", one)
+    compare_evaluation(inputs[0], tmp_path / "out", inputs[1])
+    checkpoints = list((tmp_path / "out").glob("checkpoint-*"))
+    assert len(checkpoints) == 2
+    for checkpoint in checkpoints:
+        names = tensor_names(checkpoint)
+        assert names and all("lora_" in name for name in names), [name for name in names if "lora_" not in name]
+
+
+def test_a_sharded_run_goes_on_unsharded_or_is_refused(sharded, run, one, tmp_path):
+    sharded(status=143, only=[(1, functools.partial(send, at=6, signals=[signal.SIGTERM]))])
+    try:
+        run(1)
+    except AssertionError as error:
+        assert "Traceback" not in str(error) and "dpotrainer: " in str(error)
+    else:
+        same_trajectory(tmp_path / "out", one)
+
+
+def test_an_sft_start_is_sharded_too(sharded, run, inputs, tmp_path):
+    """The reference is the frozen copy of the adapter, sharded like the policy."""
+    from test_policy import make_adapter
+
+    sft = make_adapter(inputs[0], tmp_path / "sft", seed=5)
+    run(1, model=sft, max_steps=3)
+    alone = (tmp_path / "out").rename(tmp_path / "alone")
+    sharded(model=sft, max_steps=3)
+    same_trajectory(tmp_path / "out", alone)
+
+
+# ------------------------------------------------------------------------------------------------------ the files alone
+def test_zero3_is_what_accelerate_understands():
+    config = load_config_from_file(str(CONFIGS / "zero3.yaml"))
+    assert config.distributed_type == "DEEPSPEED" and config.deepspeed_config["zero_stage"] == 3
+    assert config.deepspeed_config["zero3_init_flag"] and config.deepspeed_config["zero3_save_16bit_model"]
+
+
+def test_two_nodes_says_where_the_first_is():
+    config = load_config_from_file(str(CONFIGS / "two_nodes.yaml"))
+    assert config.num_machines == 2 and config.num_processes % 2 == 0 and config.main_process_port
