@@ -1189,16 +1189,9 @@ def measure_model(s: argparse.Namespace, start: argparse.Namespace) -> argparse.
     return sizes
 
 
-def make_plan(s, args, start, train, held_out) -> tuple[list[str], list[str]]:
-    """(short, long) lines of what will happen, every derived number included; the weights are not read."""
-    model, size, config = measure_model(s, start), s.per_device_train_batch_size, start.config.get_text_config()
-    lengths, needed = token_lengths(train), np.asarray(train["needed_tokens"])
-    answers = np.maximum(lengths["chosen"], lengths["rejected"])
-    longest = np.minimum(lengths["prompt"] + answers, s.max_length or 1 << 30)
-    shuffled = np.random.default_rng(s.seed).permutation(longest)
-    batches = [shuffled[i : i + size] for i in range(0, len(train), size)]
-    padded = sum(2 * len(rows) * int(rows.max()) for rows in batches)
-    tokens = int(np.sort(needed)[-size:].sum()) if model.reason is None else 2 * size * int(longest.max())
+def estimate_memory(s, start, model: argparse.Namespace, tokens: int) -> tuple[dict[str, float], float]:
+    """GiB of what can be counted exactly, and of the activations of `tokens` tokens, which is an estimate."""
+    config = start.config.get_text_config()
     width, inner = (4 if s.dtype == "float32" else 2), getattr(config, "intermediate_size", 4 * config.hidden_size)
     layer = tokens * width * (14 * config.hidden_size + 5 * inner)  # what a decoder layer keeps for its backward pass
     kept = tokens * width * config.hidden_size if s.gradient_checkpointing else layer
@@ -1206,6 +1199,20 @@ def make_plan(s, args, start, train, held_out) -> tuple[list[str], list[str]]:
            "adapter": 4 * model.trained * (2 if start.reference == "adapter" else 1),
            "optimizer": model.trained * (2 if "8bit" in str(s.optim) else 8)}  # fmt: skip
     gib = {name: value / 2**30 for name, value in gib.items()}
+    return gib, (config.num_hidden_layers * kept + 2 * layer) / 2**30
+
+
+def make_plan(s, args, start, train, held_out) -> tuple[list[str], list[str]]:
+    """(short, long) lines of what will happen, every derived number included; the weights are not read."""
+    model, size = measure_model(s, start), s.per_device_train_batch_size
+    lengths, needed = token_lengths(train), np.asarray(train["needed_tokens"])
+    answers = np.maximum(lengths["chosen"], lengths["rejected"])
+    longest = np.minimum(lengths["prompt"] + answers, s.max_length or 1 << 30)
+    shuffled = np.random.default_rng(s.seed).permutation(longest)
+    batches = [shuffled[i : i + size] for i in range(0, len(train), size)]
+    padded = sum(2 * len(rows) * int(rows.max()) for rows in batches)
+    tokens = int(np.sort(needed)[-size:].sum()) if model.reason is None else 2 * size * int(longest.max())
+    gib, activations = estimate_memory(s, start, model, tokens)
     disk = ((s.save_total_limit or 1) * 3 + 1) * 4 * model.trained / 2**30 + s.merge * model.frozen / 2**30
     weights = s.loss_weights or [1] * len(s.loss_type)
     goal = " + ".join(f"{weight:g} x {OBJECTIVES[name]}" for name, weight in zip(s.loss_type, weights))
@@ -1229,7 +1236,7 @@ def make_plan(s, args, start, train, held_out) -> tuple[list[str], list[str]]:
         "per epoch": f"{needed.sum():,} tokens with shared prefixes, {padded:,} in padded rows "
                      f"({padded / needed.sum():.2f} x)",
         "memory": ", ".join(f"{k} {v:.2f}" for k, v in gib.items()) + f" = {sum(gib.values()):.2f} GiB, exact on one "
-                  f"device; activations add {(config.num_hidden_layers * kept + 2 * layer) / 2**30:.2f} (an estimate)",
+                  f"device; activations add {activations:.2f} (an estimate)",
         "disk": f"{disk:.2f} GiB in {s.output_dir}",
     }  # fmt: skip
     return [f"{k:>10}  {v}" for k, v in short.items()], [f"{k:>10}  {v}" for k, v in long.items()]
@@ -1573,8 +1580,8 @@ def resume_point(trainer: PreferenceTrainer, folder: Path) -> str | None:
     trainer.accelerator.wait_for_everyone()
     newest = next(reversed(sort_checkpoints(str(folder))), None)
     if newest and any(Path(newest).glob("pytorch_model_fsdp*")) != is_sharded():
-        raise UserError(f"{newest} was written {'without' if is_sharded() else 'under'} FSDP: launch as before, or choose "
-                        "another output_dir")  # fmt: skip
+        raise UserError(f"{newest} was written {'without' if is_sharded() else 'under'} FSDP: launch as before, or "
+                        "choose another output_dir")  # fmt: skip
     if newest and json.loads(Path(newest, MANIFEST).read_text(encoding="utf-8"))["data"] != trainer.data_hash:
         ways = "restore them, choose another output_dir, or `--overwrite true`"
         raise UserError(f"dataset_name: its pairs are not those that {newest} was trained on; {ways}")

@@ -410,7 +410,8 @@ def test_a_raw_prompt_in_transcript_style_is_text(tokenizer, tmp_path):
     ({"prompt": [user("q")], "chosen": "a", "rejected": "b"}, "prompt holds messages, not text"),
 ])  # fmt: skip
 @pytest.mark.parametrize("processes", [None, 2])
-def test_a_wrong_type_names_file_and_row(row, said, processes, tokenizer, tmp_path):
+def test_a_wrong_type_names_file_and_row(row, said, processes, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(dpotrainer.UserError, "__module__", "__main__")  # as when it is run: workers send a copy of it
     rows = [as_standard(pair("q", "a", "b"))] * 3 + [row]
     message = refused(tmp_path, rows, tokenizer, dataset_num_proc=processes)
     assert f"pairs.jsonl (train), row 4: {said}" in message
@@ -713,12 +714,13 @@ def test_tokens_are_those_of_trl_where_trl_is_right(template, arguments, tmp_pat
 def test_tokens_are_those_of_trl_for_a_tokenizer_that_puts_a_space_first(tmp_path):
     """As Llama 2's: an answer tokenized apart would start with a space of its own."""
     rows = [pair("the question is", "there", "no answer"), *MANY[:1], *SYSTEM]
-    spaced = make_tokenizer("{% for m in messages %}[{{ m.role }}]:{{ m.content }}<|im_end|>{% endfor %}"
-                            "{% if add_generation_prompt %}[assistant]:{% endif %}")  # fmt: skip
+    spaced = make_tokenizer("{% for m in messages %}- [{{ m.role }}]:{{ m.content }}<|im_end|>{% endfor %}"
+                            "{% if add_generation_prompt %}- [assistant]:{% endif %}")  # fmt: skip
     for scheme in ("first", "always", "never"):
         if scheme == "never":  # the older way: the space comes before every part that is normalized in one go
             spaced.backend_tokenizer.normalizer = normalizers.Prepend("▁")
-            spaced.add_special_tokens({"extra_special_tokens": [AddedToken("[user]", normalized=True, special=True)]})
+            token = AddedToken("[assistant]", normalized=True, special=True)
+            spaced.add_special_tokens({"extra_special_tokens": [token]})
         spaced.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
         found, _ = load(tmp_path, rows, spaced)
         assert [{name: row[name] for name in COLUMNS[:3]} for row in found] == trl_tokens(rows, spaced)

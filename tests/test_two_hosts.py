@@ -1,5 +1,6 @@
 """Two hosts: two network namespaces on one machine, joined by a cable of their own, by configs/accelerate/two_nodes.yaml."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -72,22 +73,21 @@ def start(hosts, inputs, tmp_path):
             words = ["ip", "netns", "exec", name, sys.executable, "-m", "accelerate.commands.launch", "--config_file", config,
                      "--machine_rank", rank, "--main_process_ip", next(iter(hosts.values())), tiny.PROGRAM, *flags]  # fmt: skip
             with open(tmp_path / f"log-{rank}", "a") as log:
-                started.append(subprocess.Popen([str(word) for word in words], stdout=log, stderr=log, start_new_session=True,
+                started.append(subprocess.Popen([str(word) for word in words], stdout=log, stderr=log,
                                                 env=tiny.environment(GLOO_SOCKET_IFNAME="cable")))  # fmt: skip
         return started[-2:]
 
     yield launch
-    for process in started:
-        kill(process)
+    for name in hosts:
+        kill_all(name)
 
 
-def kill(process):
-    """Launcher and workers of one host at once."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait(10)
+def kill_all(host: str) -> None:
+    """Launcher and workers of one host at once: the processes in its namespace, which all are ours."""
+    pids = subprocess.run(["ip", "netns", "pids", host], capture_output=True, text=True, check=True).stdout.split()
+    for pid in map(int, pids):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def told(folder):
@@ -111,7 +111,7 @@ def test_a_lost_host_ends_the_other_and_both_resume(lost, cut, start, hosts, inp
     tiny.wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5, 180)
     if cut:
         ip("-n", list(hosts)[lost], "link", "set", "cable", "down")
-    kill(both[lost])
+    kill_all(list(hosts)[lost])
     begun = time.monotonic()
     assert both[1 - lost].wait(TIMEOUT + 60) != 0, told(tmp_path)
     assert time.monotonic() - begun < TIMEOUT + 45 and not (tmp_path / "out" / "adapter_config.json").exists()
