@@ -430,10 +430,7 @@ def recognise_layout(dataset, source: str) -> str:
 
 
 def read_messages(value: str | dict | list[dict], where: str) -> list[dict]:
-    r"""List {role, content, ...} from one or more of them or {from, value}, or "\n\nHuman: ...\n\nAssistant: ...".
-
-    Raises UserError for a role that is not in ROLES and for content that is not text.
-    """
+    r"""List {role, content, ...} of what is written so, as {from, value}, or as "\n\nHuman: ...\n\nAssistant: ..."."""
     if isinstance(value, str):
         parts = re.split(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):", value)
         value = [{"from": name, "value": said.strip()} for name, said in zip(parts[1::2], parts[2::2])]
@@ -486,14 +483,13 @@ def split_history(prompt: list[dict] | str | None, chosen: list[dict], rejected:
     """(prompt, chosen, rejected) without the history that both conversations repeat; or why the pair is dropped.
 
     A `prompt` of messages stands, repeated or not. Otherwise the prompt is what both share, up to the last turn that
-    asks for an answer; a `prompt` of text must be one of its user turns.
+    is not the assistant's; a `prompt` of text must be one of its user turns.
     """
-    limit = min(len(chosen), len(rejected))
-    size = next((i for i in range(limit) if chosen[i] != rejected[i]), limit)
     if isinstance(prompt, list):
-        size = len(prompt) if len(prompt) < limit and prompt == chosen[: len(prompt)] == rejected[: len(prompt)] else 0
-        return prompt, chosen[size:], rejected[size:]
-    size = next((i for i in range(size, 0, -1) if chosen[i - 1]["role"] in ("user", "tool")), 0)
+        size = len(prompt)
+        return prompt, *((side[:size] == prompt and side[size:]) or side for side in (chosen, rejected))
+    size = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
+    size = next((i for i in range(size, 0, -1) if chosen[i - 1]["role"] != "assistant"), 0)
     asked = [turn["content"].strip() for turn in chosen[:size] if turn["role"] == "user"]
     if not asked or (prompt is not None and prompt.strip() not in asked):
         return "histories differ"
@@ -539,12 +535,12 @@ def measure_pair(prompt: list[int], chosen: list[int], rejected: list[int], max_
     a, b = (np.array(prompt + answer, "<i4")[:max_length] for answer in (chosen, rejected))
     short = min(len(a), len(b))
     shared = next(iter(np.flatnonzero(a[:short] != b[:short])), short)
-    rules = {
-        "chosen equals rejected": chosen == rejected,
-        "prompt leaves no room": max_length is not None and len(prompt) >= max_length,
-        "equal after truncation": shared == len(a) == len(b),
-    }
-    dropped = next((reason for reason, holds in rules.items() if holds), "")
+    rules = [
+        ("chosen equals rejected", chosen == rejected),
+        ("prompt leaves no room", max_length is not None and len(prompt) >= max_length),
+        ("equal after truncation", shared == len(a) == len(b)),
+    ]
+    dropped = next((reason for reason, holds in rules if holds), "")
     bits = blake2b(np.concatenate([[len(prompt), len(a)], a, b]).astype("<i4").tobytes(), digest_size=8).digest()
     needed = len(a) + len(b) - min(shared, short - 1)
     return prompt, chosen, rejected, int.from_bytes(bits, "little", signed=True), needed, dropped
@@ -582,7 +578,7 @@ def prepare_batch(batch: dict, numbers: list[int], tokenizer, layout: str, optio
     results = []
     for number, *cells in zip(numbers, *batch.values()):
         # arrow gives every struct of a column the keys of all of them, with None for those it had not
-        row = json.dumps(dict(zip(batch, cells)), default=str)
+        row = json.dumps(dict(zip(batch, cells)), default=float)
         row = json.loads(row, object_hook=lambda d: {key: value for key, value in d.items() if value is not None})
         where = f"{source}, row {number + 1}"
         pair = canonical_pair(row, layout, options["chat_strings"], where)
@@ -617,18 +613,23 @@ def prepare_split(dataset, split: str, settings, tokenizer) -> tuple:
     key = [dataset._fingerprint, read, options, words, tokenizer.special_tokens_map, tokenizer.chat_template]
     key += [LAYOUTS, SCORES, ROLES, *map(inspect.getsource, [*code, measure_pair, prepare_batch])]
     types = [List(Value("int32"))] * 3 + [Value("int64")] * 2 + [Value("string")] * 2
-    table = dataset.select_columns(read).map(
-        prepare_batch,
-        with_indices=True,
-        batched=True,
-        batch_size=256,
-        remove_columns=read,
-        fn_kwargs={"tokenizer": tokenizer, "layout": layout, "options": options, "source": source},
-        features=Features(zip(PREPARED, types)),
-        num_proc=settings.dataset_num_proc,
-        desc=f"Tokenizing {split}",
-        new_fingerprint=blake2b(repr(key).encode(), digest_size=16).hexdigest(),
-    )
+    try:
+        table = dataset.select_columns(read).map(
+            prepare_batch,
+            with_indices=True,
+            batched=True,
+            batch_size=256,
+            remove_columns=read,
+            fn_kwargs={"tokenizer": tokenizer, "layout": layout, "options": options, "source": source},
+            features=Features(zip(PREPARED, types)),
+            num_proc=settings.dataset_num_proc,
+            desc=f"Tokenizing {split}",
+            new_fingerprint=blake2b(repr(key).encode(), digest_size=16).hexdigest(),
+        )
+    except Exception as error:
+        if type(error).__name__ == "UserError":  # of a worker process, it is another class of that name
+            raise UserError(str(error)) from None
+        raise
     ignored = ", ".join(sorted({*dataset.features}.difference(read)))
     report = {"layout": layout, "ignored columns": ignored or "none", **count_split(table, settings.max_length)}
     if report["kept"] * 2 < report["read"]:
