@@ -3,7 +3,9 @@
 import functools
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -58,7 +60,7 @@ def launcher_variables(config: Path) -> dict[str, str]:
 
 
 def shard_on_cpu(program):
-    """Let accelerate shard on CPUs: torch's FSDP2 can, accelerate only asks it to on GPUs. Tells how much is sharded."""
+    """Let accelerate shard on CPUs: torch can, accelerate asks for it on GPUs alone. Tells how much is sharded."""
     from accelerate.state import AcceleratorState, DistributedType, PartialState
 
     first, train = AcceleratorState.__init__, program.PreferenceTrainer._save_checkpoint
@@ -84,13 +86,27 @@ def run(inputs, tmp_path):
     def start(processes, *changes, status=0, only=(), variables=None, model=inputs[0], **settings):
         settings = {"per_device_train_batch_size": 4 // processes, "per_device_eval_batch_size": 2} | settings
         flags = tiny.settings(model, inputs[1], tmp_path / "out", **settings)
-        port, logs, started = 20000 + (os.getpid() * 7 + time.monotonic_ns() // 1000) % 20000, [], []
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port, logs, started = free.getsockname()[1], [], []
         for rank in range(processes):
             logs.append(tmp_path / f"log-{time.monotonic_ns()}-{rank}")
-            its = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if processes > 1 else {}  # fmt: skip
+            its = (
+                {
+                    "RANK": rank,
+                    "LOCAL_RANK": rank,
+                    "WORLD_SIZE": processes,
+                    "LOCAL_WORLD_SIZE": processes,
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port,
+                }
+                if processes > 1
+                else {}
+            )
             mine = [change for of, change in only if of == rank]
-            started.append(tiny.start_program(flags, logs[-1], tiny.no_pictures, *changes, *mine, **its | (variables or {})))
+            started.append(
+                tiny.start_program(flags, logs[-1], tiny.no_pictures, *changes, *mine, **its | (variables or {}))
+            )
         ended = [tiny.end_program(process) for process in started]
         printed = [log.read_text() for log in logs]
         assert ended == [status] * processes, "\n".join(printed)
@@ -141,7 +157,7 @@ def launch(config: Path, flags: list[str], log: Path) -> subprocess.Popen:
 
 
 def test_accelerate_launch_equals_one_process_and_survives_sigterm(inputs, one, tmp_path):
-    """As the README says it: the launcher gets SIGTERM, all processes stop, the same command ends as one process does."""
+    """The launcher gets SIGTERM, all processes stop, and the same command then ends as one process does."""
     config, output = cpu_config("ddp", tmp_path), tmp_path / "out"
     flags = tiny.settings(*inputs, output, per_device_train_batch_size=2, per_device_eval_batch_size=2)
     first = launch(config, flags, tmp_path / "first")
@@ -151,13 +167,18 @@ def test_accelerate_launch_equals_one_process_and_survives_sigterm(inputs, one, 
     first.send_signal(signal.SIGTERM)
     assert first.wait(60) != 0
     tiny.wait_until(lambda: not processes_of(tmp_path), 20)
-    assert not (output / "adapter_config.json").exists() and list(output.glob("checkpoint-*")), (tmp_path / "first").read_text()
+    assert not (output / "adapter_config.json").exists() and list(output.glob("checkpoint-*")), (
+        tmp_path / "first"
+    ).read_text()
     second = launch(config, flags, tmp_path / "second")
     assert second.wait(120) == 0, (tmp_path / "second").read_text()
     same_trajectory(output, one)
     compare_evaluation(inputs[0], output, inputs[1])
     printed = (tmp_path / "second").read_text()
-    assert printed.count("continuing from") == 1 and "4 pairs = 2 per device x 1 accumulation x 2 processes on cpu" in printed
+    assert (
+        printed.count("continuing from") == 1
+        and "4 pairs = 2 per device x 1 accumulation x 2 processes on cpu" in printed
+    )
 
 
 def test_only_the_main_process_prints(run, one, tmp_path):
@@ -195,6 +216,17 @@ def test_two_processes_fill_one_cache(run, one, tmp_path):
         Path(path).unlink()
 
 
+def be_late(program):
+    time.sleep(2)
+
+
+def test_two_processes_overwrite_a_finished_run(run, one, tmp_path):
+    """Also when the main process is late, and the other one finds the finished run still there."""
+    shutil.copytree(one, tmp_path / "out")
+    run(2, overwrite=True, max_steps=2, only=[(0, be_late)])
+    assert list(tiny.losses(tmp_path / "out")) == [1, 2] and tiny.tree(tmp_path / "out-old") == tiny.tree(one)
+
+
 def die(program, at):
     send(program, at, [signal.SIGKILL])
 
@@ -223,7 +255,9 @@ def sharded(run, tmp_path):
 
 def test_fsdp2_equals_one_process_and_saves_only_the_adapter(sharded, one, inputs, tmp_path):
     """Interrupted and resumed, with activations recomputed."""
-    sharded(status=143, gradient_checkpointing=True, only=[(0, functools.partial(send, at=6, signals=[signal.SIGTERM]))])
+    sharded(
+        status=143, gradient_checkpointing=True, only=[(0, functools.partial(send, at=6, signals=[signal.SIGTERM]))]
+    )
     printed = sharded(gradient_checkpointing=True)
     sizes = [re.search(r"(\d+) of (\d+) sharded", text).groups() for text in printed]
     assert all(part == whole != "0" for part, whole in sizes) and "continuing from" in printed[0]
@@ -257,7 +291,7 @@ def test_an_sft_start_is_sharded_too(sharded, run, inputs, tmp_path):
     same_trajectory(tmp_path / "out", alone)
 
 
-# ------------------------------------------------------------------------------------------------------ the files alone
+# ----------------------------------------------------------------------------------------------------- the files alone
 def test_zero3_is_what_accelerate_understands():
     config = load_config_from_file(str(CONFIGS / "zero3.yaml"))
     assert config.distributed_type == "DEEPSPEED" and config.deepspeed_config["zero_stage"] == 3

@@ -46,8 +46,10 @@ def data(tmp_path_factory):
 
 def make_adapter(base: Path, folder: Path, seed: int) -> Path:
     """An adapter as an SFT run leaves it, far enough from the base to be told apart, with its tokenizer."""
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base),
-                           LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM"))  # fmt: skip
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
     torch.manual_seed(seed)
     for name, weight in model.named_parameters():
         if "lora_" in name:
@@ -66,7 +68,9 @@ def sft(base, tmp_path_factory):
 def merged_sft(base, sft, tmp_path_factory):
     """The SFT model with its adapter merged, as a plain model."""
     folder = tmp_path_factory.mktemp("merged") / "model"
-    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), sft).merge_and_unload().save_pretrained(folder)
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), sft).merge_and_unload().save_pretrained(
+        folder
+    )
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     return folder
 
@@ -92,7 +96,9 @@ def close(first: Path, second: Path, tolerance: float) -> None:
 
 def check_evaluation(output, base, data, reference, beta=0.1):
     """The last held-out figures against the saved adapter on its base and this reference, in float64."""
-    expected = tiny.evaluate_adapter(base, output, tiny.read_pairs(data / "test.jsonl"), beta, tiny.load_policy(reference))
+    expected = tiny.evaluate_adapter(
+        base, output, tiny.read_pairs(data / "test.jsonl"), beta, tiny.load_policy(reference)
+    )
     got = tiny.evaluations(output)[-1]
     for name, value in expected.items():
         assert abs(got[name] - value) < 1e-4, (name, got[name], value)
@@ -115,43 +121,36 @@ def test_copy_of_another_model_is_that_model(base, data, train, tmp_path):
     check_evaluation(output, base, data, other)
 
 
-@pytest.mark.parametrize("settings", [{}, {"reference": "adapter"}, {"reference": "copy"}], ids=str)
-def test_an_sft_adapter_is_continued_and_is_the_reference(settings, base, sft, merged_sft, data, train):
-    output, printed = train(sft, **settings)
-    assert str(sft) in printed and ("starting adapter" in printed) == (settings.get("reference") != "copy")
-    first = tiny.read_metrics(output)[0]
-    assert abs(first["loss"] - LN2) < 1e-6 and abs(first["rewards/margins"]) < 1e-5
-    check_evaluation(output, base, data, merged_sft)
-    config = json.loads((output / "adapter_config.json").read_text())
-    assert config["r"] == 3, "not the adapter that was continued"
-
-
-def test_the_three_references_of_an_sft_adapter_agree(sft, train):
-    outputs = [train(sft, name, reference=name)[0] for name in ("auto", "adapter", "copy")]
+def test_an_sft_adapter_is_continued_and_is_the_reference(base, sft, merged_sft, data, train):
+    """By default, as a frozen copy of the adapter, and as a second model: all the same run."""
+    outputs = []
+    for reference in ("auto", "adapter", "copy"):
+        output, printed = train(sft, reference, reference=reference)
+        assert str(sft) in printed and ("starting adapter" in printed) == (reference != "copy")
+        first = tiny.read_metrics(output)[0]
+        assert abs(first["loss"] - LN2) < 1e-6 and abs(first["rewards/margins"]) < 1e-5
+        assert json.loads((output / "adapter_config.json").read_text())["r"] == 3, "not the adapter that was continued"
+        outputs.append(output)
     close(outputs[0], outputs[1], 0)
     close(outputs[0], outputs[2], 1e-5)
+    check_evaluation(outputs[0], base, data, merged_sft)
+    check_evaluation(outputs[2], base, data, merged_sft)
 
 
 def test_a_fresh_adapter_starts_at_the_sft_model(base, sft, merged_sft, data, train):
+    """And what its readers load is the policy that was trained, the SFT model included."""
     output, _ = train(sft, fresh_adapter=True, lora_r=4)
-    first = tiny.read_metrics(output)[0]
+    first, last = tiny.read_metrics(output)[0], tiny.evaluations(output)[-1]
     assert abs(first["loss"] - LN2) < 1e-6 and first["rewards/margins"] == 0
     assert json.loads((output / "adapter_config.json").read_text())["r"] == 4
-    held_out, last = tiny.read_pairs(data / "test.jsonl"), tiny.evaluations(output)[-1]
+    held_out, tokenizer = tiny.read_pairs(data / "test.jsonl"), AutoTokenizer.from_pretrained(output)
+    loaded = AutoPeftModelForCausalLM.from_pretrained(output, dtype=torch.float64).eval()
     with torch.no_grad():
-        reference = tiny.answer_logps(tiny.load_policy(merged_sft), AutoTokenizer.from_pretrained(base), held_out).mean(0)
-    assert abs(last["eval_logps/chosen"] - last["eval_rewards/chosen"] / 0.1 - reference[0]) < 1e-3
-    assert abs(last["eval_logps/rejected"] - last["eval_rewards/rejected"] / 0.1 - reference[1]) < 1e-3
-
-
-def test_a_fresh_adapter_loads_onto_the_model_it_was_trained_on(sft, data, train):
-    """What AutoPeftModelForCausalLM makes of the output must be the policy that was trained."""
-    output, _ = train(sft, fresh_adapter=True)
-    model = AutoPeftModelForCausalLM.from_pretrained(output, dtype=torch.float64).eval()
-    last, tokenizer = tiny.evaluations(output)[-1], AutoTokenizer.from_pretrained(output)
-    with torch.no_grad():
-        logps = tiny.answer_logps(model, tokenizer, tiny.read_pairs(data / "test.jsonl")).mean(0)
-    assert abs(last["eval_logps/chosen"] - logps[0]) < 1e-3 and abs(last["eval_logps/rejected"] - logps[1]) < 1e-3
+        policy = tiny.answer_logps(loaded, tokenizer, held_out).mean(0)
+        reference = tiny.answer_logps(tiny.load_policy(merged_sft), tokenizer, held_out).mean(0)
+    for i, side in enumerate(("chosen", "rejected")):
+        assert abs(last[f"eval_logps/{side}"] - policy[i]) < 1e-3
+        assert abs(last[f"eval_rewards/{side}"] - 0.1 * (policy[i] - reference[i])) < 1e-4
 
 
 def test_an_adapter_without_a_tokenizer_takes_its_base_s(sft, data, train, tmp_path):
@@ -168,14 +167,19 @@ def test_a_reference_that_does_not_apply_is_refused(base, sft, train, tmp_path):
     assert "/nowhere/base" in train(broken, status=2)[1]
 
 
-@pytest.mark.parametrize("start, settings", [("base", {}), ("base", {"reference": "copy"}), ("sft", {}), ("sft", {"fresh_adapter": True})],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "start, settings",
+    [("base", {}), ("base", {"reference": "copy"}), ("sft", {}), ("sft", {"fresh_adapter": True})],
+    ids=str,
+)
 def test_the_reference_does_not_move(start, settings, train, request, monkeypatch):
     train_first, compared = dpotrainer.PreferenceTrainer.train, []
 
     def frozen(trainer):
         every = [(name, p) for name, p in trainer.model.named_parameters() if not p.requires_grad]
-        every += [(f"reference.{name}", p) for name, p in trainer.ref_model.named_parameters()] if trainer.ref_model else []
+        every += (
+            [(f"reference.{name}", p) for name, p in trainer.ref_model.named_parameters()] if trainer.ref_model else []
+        )
         return {name: p.detach().clone() for name, p in every}
 
     def watched(self, *args, **kwargs):
@@ -187,21 +191,30 @@ def test_the_reference_does_not_move(start, settings, train, request, monkeypatc
     monkeypatch.setattr(dpotrainer.PreferenceTrainer, "train", watched)
     train(request.getfixturevalue(start), learning_rate=0.01, **settings)
     before, after = compared[0]
-    part = {"copy": "reference.", "auto": "base_layer"}[settings.get("reference", "auto")] if start == "base" or settings else ".ref."
+    part = (
+        {"copy": "reference.", "auto": "base_layer"}[settings.get("reference", "auto")]
+        if start == "base" or settings
+        else ".ref."
+    )
     assert sum(part in name for name in before) >= 14
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 # ------------------------------------------------------------------------------------------------------- objectives
-# Each formula takes the log ratios log pi - log pi_ref of chosen and rejected, (N,) each in nats, and what else it needs:
-# b beta, n their lengths in tokens (N, 2), e label smoothing, t the discopop temperature, x log pi of all chosen tokens.
+# Each formula takes the log ratios log pi - log pi_ref of chosen and rejected, (N,) each in nats, and what else it
+# needs: b beta, n their lengths in tokens (N, 2), e label smoothing, t the discopop temperature, x the mean log pi of
+# the chosen tokens.
 FORMULAS = {
     "sigmoid": lambda c, r, b, **_: -logsigmoid(b * (c - r)),  # 2305.18290, eq. 7
     "hinge": lambda c, r, b, **_: (1 - b * (c - r)).clamp(min=0),  # 2305.10425
     "ipo": lambda c, r, b, n, **_: (c / n[:, 0] - r / n[:, 1] - 1 / (2 * b)) ** 2,  # 2310.12036, eq. 17, per token
-    "robust": lambda c, r, b, e, **_: (-(1 - e) * logsigmoid(b * (c - r)) + e * logsigmoid(b * (r - c))) / (1 - 2 * e),  # 2403.00409
+    "robust": lambda c, r, b, e, **_: (
+        (-(1 - e) * logsigmoid(b * (c - r)) + e * logsigmoid(b * (r - c))) / (1 - 2 * e)
+    ),  # 2403.00409
     "exo_pair": lambda c, r, b, e, **_: kl(torch.sigmoid(b * (c - r)), 1 - e),  # 2402.00856, eq. 16
-    "nca_pair": lambda c, r, b, **_: -logsigmoid(b * c) - 0.5 * logsigmoid(-b * c) - 0.5 * logsigmoid(-b * r),  # 2402.05369
+    "nca_pair": lambda c, r, b, **_: (
+        -logsigmoid(b * c) - 0.5 * logsigmoid(-b * c) - 0.5 * logsigmoid(-b * r)
+    ),  # 2402.05369
     "bco_pair": lambda c, r, b, **_: -logsigmoid(b * c) - logsigmoid(-b * r),  # 2404.04656, without the shift
     "sppo_hard": lambda c, r, b, **_: (c - 0.5 / b) ** 2 + (r + 0.5 / b) ** 2,  # 2405.00675, eq. 4.7
     "aot_unpaired": lambda c, r, b, e, **_: smooth(b * (c.sort().values - r.sort().values), e),  # 2406.05882
@@ -227,7 +240,7 @@ def blend(logits, share):
 
 @pytest.fixture(scope="module")
 def first_step(base, sft, data):
-    """What the first step on all pairs at once starts from, in float64: the SFT adapter as policy, the bare base as reference."""
+    """What the first step on all pairs starts from, in float64: the SFT adapter as policy, the base as reference."""
     pairs, tokenizer = tiny.read_pairs(data / "train.jsonl"), AutoTokenizer.from_pretrained(base)
     policy = tiny.load_policy(base, sft)
     for name, weight in policy.named_parameters():
@@ -235,7 +248,9 @@ def first_step(base, sft, data):
     logps = tiny.answer_logps(policy, tokenizer, pairs)
     with torch.no_grad():
         reference = tiny.answer_logps(tiny.load_policy(base), tokenizer, pairs)
-    lengths = torch.tensor([[len(ids) - start for ids, start in tiny.encode_pair(tokenizer, pair, 96)] for pair in pairs])
+    lengths = torch.tensor(
+        [[len(ids) - start for ids, start in tiny.encode_pair(tokenizer, pair, 96)] for pair in pairs]
+    )
     return policy, logps, reference, lengths
 
 
@@ -246,28 +261,60 @@ def expected_step(first_step, losses, weights, beta, e, t):
     terms = {"b": beta, "n": lengths, "e": e, "t": t, "x": logps[:, 0].sum() / tokens}
     if "aot" in losses:  # sorts policy and reference apart (2406.05882)
         FORMULAS["aot"] = lambda c, r, b, e, **_: smooth(
-            b * ((logps[:, 0] - logps[:, 1]).sort().values - (reference[:, 0] - reference[:, 1]).sort().values), e)  # fmt: skip
+            b * ((logps[:, 0] - logps[:, 1]).sort().values - (reference[:, 0] - reference[:, 1]).sort().values), e
+        )
     loss = sum(weight * FORMULAS[name](c, r, **terms).mean() for name, weight in zip(losses, weights, strict=True))
     trained = [p for p in policy.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(loss, trained, retain_graph=True)
     return loss.item(), torch.stack([g.norm() for g in gradients]).norm().item(), (beta * (logps - reference)).detach()
 
 
-OBJECTIVES = [([name], [1.0], beta, e) for name, betas, e in (
-    ("sigmoid", (0.05, 0.1, 0.5), 0.0), ("hinge", (0.05, 0.5), 0.0), ("ipo", (0.05, 0.5), 0.0), ("robust", (0.05, 0.5), 0.1),
-    ("robust", (0.1,), 0.0), ("exo_pair", (0.1,), 1e-3), ("nca_pair", (0.1,), 0.0), ("bco_pair", (0.1,), 0.0), ("sppo_hard", (0.1,), 0.0),
-    ("aot", (0.1,), 0.2), ("aot_unpaired", (0.1,), 0.2), ("apo_zero", (0.1,), 0.0), ("apo_down", (0.1,), 0.0), ("discopop", (0.1,), 0.0),
-    ("sft", (0.1,), 0.0), ("sigmoid_norm", (2.0,), 0.0)) for beta in betas]  # fmt: skip
+OBJECTIVES = [
+    ([name], [1.0], beta, e)
+    for name, betas, e in (
+        ("sigmoid", (0.05, 0.1, 0.5), 0.0),
+        ("hinge", (0.05, 0.5), 0.0),
+        ("ipo", (0.05, 0.5), 0.0),
+        ("robust", (0.05, 0.5), 0.1),
+        ("robust", (0.1,), 0.0),
+        ("exo_pair", (0.1,), 1e-3),
+        ("nca_pair", (0.1,), 0.0),
+        ("bco_pair", (0.1,), 0.0),
+        ("sppo_hard", (0.1,), 0.0),
+        ("aot", (0.1,), 0.2),
+        ("aot_unpaired", (0.1,), 0.2),
+        ("apo_zero", (0.1,), 0.0),
+        ("apo_down", (0.1,), 0.0),
+        ("discopop", (0.1,), 0.0),
+        ("sft", (0.1,), 0.0),
+        ("sigmoid_norm", (2.0,), 0.0),
+    )
+    for beta in betas
+]
 OBJECTIVES += [(["sigmoid", "sft"], [1.0, 0.2], 0.1, 0.0), (["hinge", "ipo", "bco_pair"], [0.5, 0.01, 2.0], 0.1, 0.0)]
 
 
-@pytest.mark.parametrize("losses, weights, beta, e", OBJECTIVES, ids=lambda x: "-".join(map(str, x)) if isinstance(x, list) else str(x))
-def test_every_objective_has_the_value_and_gradient_of_its_paper(losses, weights, beta, e, base, sft, first_step, train):
+@pytest.mark.parametrize(
+    "losses, weights, beta, e", OBJECTIVES, ids=lambda x: "-".join(map(str, x)) if isinstance(x, list) else str(x)
+)
+def test_every_objective_has_the_value_and_gradient_of_its_paper(
+    losses, weights, beta, e, base, sft, first_step, train
+):
     loss, gradient, rewards = expected_step(first_step, losses, weights, beta, e, 0.05)
     more = {"loss_weights": weights} if len(losses) > 1 else {}
     more |= {"label_smoothing": e} if e else {}
-    output, printed = train(sft, reference="copy", ref_model_name_or_path=base, loss_type=losses, beta=beta, max_steps=1,
-                            global_batch_size=16, per_device_train_batch_size=16, eval_strategy="no", **more)  # fmt: skip
+    output, printed = train(
+        sft,
+        reference="copy",
+        ref_model_name_or_path=base,
+        loss_type=losses,
+        beta=beta,
+        max_steps=1,
+        global_batch_size=16,
+        per_device_train_batch_size=16,
+        eval_strategy="no",
+        **more,
+    )
     row = tiny.read_metrics(output)[0]
     assert abs(row["loss"] - loss) <= 2e-5 * max(1, abs(loss)), (row["loss"], loss)
     assert abs(row["grad_norm"] - gradient) <= 1e-4 * max(1, gradient), (row["grad_norm"], gradient)
@@ -289,15 +336,31 @@ def test_the_evaluation_has_the_loss_of_its_objective(loss_type, base, sft, data
     """The mean over the held-out pairs of each pair's own loss, whatever the batch."""
     e = 0.1 if loss_type == "robust" else 0.0
     more = {"label_smoothing": e} if e else {}
-    output, _ = train(sft, loss_type=loss_type, max_steps=1, per_device_eval_batch_size=3, reference="copy",
-                      ref_model_name_or_path=base, **more)  # fmt: skip
+    output, _ = train(
+        sft,
+        loss_type=loss_type,
+        max_steps=1,
+        per_device_eval_batch_size=3,
+        reference="copy",
+        ref_model_name_or_path=base,
+        **more,
+    )
     pairs, tokenizer = tiny.read_pairs(data / "test.jsonl"), AutoTokenizer.from_pretrained(base)
-    lengths = torch.tensor([[len(ids) - start for ids, start in tiny.encode_pair(tokenizer, pair, 96)] for pair in pairs])
+    lengths = torch.tensor(
+        [[len(ids) - start for ids, start in tiny.encode_pair(tokenizer, pair, 96)] for pair in pairs]
+    )
     with torch.no_grad():
-        policy, reference = (tiny.answer_logps(model, tokenizer, pairs) for model in (tiny.load_policy(base, output), tiny.load_policy(base)))
+        policy, reference = (
+            tiny.answer_logps(model, tokenizer, pairs)
+            for model in (tiny.load_policy(base, output), tiny.load_policy(base))
+        )
     c, r = (policy - reference).T
-    each = [FORMULAS[loss_type](c[i : i + 1], r[i : i + 1], b=0.1, n=lengths[i : i + 1], e=e, x=policy[i, 0] / lengths[i, 0])
-            for i in range(len(pairs))]  # fmt: skip
+    each = [
+        FORMULAS[loss_type](
+            c[i : i + 1], r[i : i + 1], b=0.1, n=lengths[i : i + 1], e=e, x=policy[i, 0] / lengths[i, 0]
+        )
+        for i in range(len(pairs))
+    ]
     assert abs(tiny.evaluations(output)[-1]["eval_loss"] - torch.cat(each).mean()) < 1e-4
 
 
@@ -339,7 +402,9 @@ def test_cached_log_probs_change_nothing_and_are_computed_once(start, base, data
 
 def test_a_sweep_shares_the_cache(base, train, cached):
     *_, path = cached(base, "first", max_steps=1)
-    for i, settings in enumerate(({"learning_rate": 1e-3, "beta": 0.3}, {"loss_type": "ipo", "seed": 7}, {"lora_r": 2})):
+    for i, settings in enumerate(
+        ({"learning_rate": 1e-3, "beta": 0.3}, {"loss_type": "ipo", "seed": 7}, {"lora_r": 2})
+    ):
         assert cached(base, f"again-{i}", max_steps=1, **settings)[1:] == (21, 21, path), settings
     close(train(base, "without", max_steps=3, beta=0.3)[0], cached(base, "with", max_steps=3, beta=0.3)[0], 1e-6)
 
@@ -366,13 +431,12 @@ def test_only_new_pairs_are_computed(base, data, cached, tmp_path):
     assert cached(base, "second", max_steps=1, data=more)[1:3] == (18, 21)
 
 
-@pytest.mark.parametrize("damage", ["cut", "zeros", "no database"])
+@pytest.mark.parametrize("damage", ["cut", "zeros"])
 def test_a_torn_cache_is_no_harm(damage, base, train, cached):
     without, _ = train(base, "without", max_steps=3)
     *_, path = cached(base, "cold", max_steps=1)
     size = path.stat().st_size
-    content = {"cut": path.read_bytes()[: size // 2], "zeros": bytes(size), "no database": b"torn" * 100}[damage]
-    path.write_bytes(content)
+    path.write_bytes(path.read_bytes()[: size // 2] if damage == "cut" else bytes(size))
     close(without, cached(base, "after", max_steps=3)[0], 1e-6)
 
 
@@ -390,7 +454,9 @@ def die_at_reference_batch(program, batch):
 
 
 def test_a_kill_while_the_cache_is_filled_loses_one_batch(base, data, train, cached, tmp_path):
-    flags = tiny.settings(base, data, tmp_path / "out", precompute_ref_log_probs=True, max_steps=3, eval_steps=100, save_steps=100)
+    flags = tiny.settings(
+        base, data, tmp_path / "out", precompute_ref_log_probs=True, max_steps=3, eval_steps=100, save_steps=100
+    )
     process = tiny.start_program(flags, tmp_path / "log", functools.partial(die_at_reference_batch, batch=4))
     assert tiny.end_program(process) == -signal.SIGKILL, (tmp_path / "log").read_text()
     output, found, total, _ = cached(base, "out", max_steps=3)
@@ -405,8 +471,13 @@ def test_the_merged_model_is_the_policy(start, settings, base, data, train, requ
     assert "merged" in printed
     merged = AutoModelForCausalLM.from_pretrained(output / "merged", dtype=torch.float64).eval()
     assert not [name for name, _ in merged.named_parameters() if "lora" in name]
-    assert {path.name for path in (output / "merged").iterdir()} >= {"model.safetensors", "config.json", "generation_config.json",
-                                                                    "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
+    assert {path.name for path in (output / "merged").iterdir()} >= {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     tokenizer, last = AutoTokenizer.from_pretrained(output / "merged"), tiny.evaluations(output)[-1]
     pairs = tiny.read_pairs(data / "test.jsonl")
     with torch.no_grad():
@@ -426,8 +497,6 @@ def test_other_architectures_train_alike(architecture, data, train, tmp_path):
     assert re.search(r"prefixes +shared", printed)
     assert abs(tiny.losses(output)[1] - LN2) < 1e-6
     check_evaluation(output, model, data, model)
-    stock, printed = train(model, "stock", share_prefixes=False)
-    close(output, stock, 1e-5)
 
 
 def test_a_sliding_window_is_not_shared_and_trains(data, train, tmp_path):
@@ -440,7 +509,11 @@ def test_a_sliding_window_is_not_shared_and_trains(data, train, tmp_path):
 def test_nothing_in_the_program_names_a_model_but_the_constants():
     source = tiny.PROGRAM.read_text(encoding="utf-8")
     beyond = source.split("end of edits")[1]
-    assert not re.search(r"qwen[23]?[-_ /]?\d*b?-?\b", re.sub(r'""".*?"""|#.*', "", beyond, flags=re.DOTALL).replace("qwen3_8b_qlora", ""), re.IGNORECASE)
+    assert not re.search(
+        r"qwen[23]?[-_ /]?\d*b?-?\b",
+        re.sub(r'""".*?"""|#.*', "", beyond, flags=re.DOTALL).replace("qwen3_8b_qlora", ""),
+        re.IGNORECASE,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- plain strings

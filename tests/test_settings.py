@@ -1,13 +1,10 @@
 """Constants, YAML and flags: what wins, what is refused, what is said, and that a refused start leaves nothing."""
 
 import importlib.util
-import inspect
-import json
 import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import time
 
@@ -96,8 +93,17 @@ def test_flags_win_over_yaml_and_yaml_over_constants(tmp_path, plan):
 
 
 def test_every_constant_reaches_its_setting(tmp_path):
-    changed = {"MODEL_NAME": "m", "DATASET_NAME": "d", "OUTPUT_DIR": "o", "LOSS_TYPE": "ipo", "LR_SCHEDULER_TYPE": "linear",
-               "DTYPE": "float32", "BF16": False, "GRADIENT_CHECKPOINTING": False, "LORA_DROPOUT": 0.25}  # fmt: skip
+    changed = {
+        "MODEL_NAME": "m",
+        "DATASET_NAME": "d",
+        "OUTPUT_DIR": "o",
+        "LOSS_TYPE": "ipo",
+        "LR_SCHEDULER_TYPE": "linear",
+        "DTYPE": "float32",
+        "BF16": False,
+        "GRADIENT_CHECKPOINTING": False,
+        "LORA_DROPOUT": 0.25,
+    }
     changed |= {name: 7 for name in dpotrainer.CONSTANTS if name not in changed}
     lines = {name: f"{name} = {value!r}  # edited" for name, value in changed.items()}
     settings, problems = edit_constants(tmp_path, **lines).parse_settings([])
@@ -147,9 +153,21 @@ def test_stray_words_are_refused(words, refuse):
     refuse(*words)
 
 
-@pytest.mark.parametrize("name, value", [("beta", "a lot"), ("beta", True), ("beta", [0.1, 0.2]), ("max_length", 10.5),
-                                         ("bf16", "perhaps"), ("dtype", "float8"), ("lr_scheduler_type", "cosinus"),
-                                         ("reference", "none"), ("loss_type", []), ("lora_r", {"a": 1})])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("beta", "a lot"),
+        ("beta", True),
+        ("beta", [0.1, 0.2]),
+        ("max_length", 10.5),
+        ("bf16", "perhaps"),
+        ("dtype", "float8"),
+        ("lr_scheduler_type", "cosinus"),
+        ("reference", "none"),
+        ("loss_type", []),
+        ("lora_r", {"a": 1}),
+    ],
+)
 def test_a_wrong_type_in_yaml_is_refused(name, value, tmp_path, refuse):
     assert name in refuse("--config", write_yaml(tmp_path / "my.yaml", **{name: value}))
 
@@ -190,7 +208,9 @@ def test_no_value_of_any_setting_ends_in_a_traceback(value):
 def test_null_for_any_setting_is_taken_or_refused(tmp_path):
     for name in all_settings():
         try:
-            settings, problems = dpotrainer.parse_settings(["--config", str(write_yaml(tmp_path / "n.yaml", **{name: None}))])
+            settings, problems = dpotrainer.parse_settings(
+                ["--config", str(write_yaml(tmp_path / "n.yaml", **{name: None}))]
+            )
             problems += dpotrainer.check_settings(settings)
         except dpotrainer.UserError as error:
             problems = [str(error)]
@@ -206,13 +226,27 @@ def test_every_range_is_checked(name, refuse):
     is_whole = isinstance(getattr(dpotrainer.parse_settings([])[0], name), int)
     values = [low - 1, 10 * high + 1]
     for value in [int(v) for v in values] if is_whole else [*values, "nan", "inf"]:
-        message = refuse(f"--{name}={value}", "--loss_type", "robust")
+        message = refuse(f"--{name}={value}", "--loss_type", "robust", "--disable_dropout", "false")
         assert message.startswith(f"dpotrainer: {name}=") and message.count("\n") == 1
 
 
-@pytest.mark.parametrize("flag", ["--beta=0", "--beta=-0.1", "--num_train_epochs=0", "--label_smoothing=0.5", "--lora_r=0",
-                                  "--learning_rate=0", "--max_length=1", "--global_batch_size=0", "--eval_pairs=-1",
-                                  "--logging_steps=0", "--seed=-1", "--lora_dropout=1"])  # fmt: skip
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--beta=0",
+        "--beta=-0.1",
+        "--num_train_epochs=0",
+        "--label_smoothing=0.5",
+        "--lora_r=0",
+        "--learning_rate=0",
+        "--max_length=1",
+        "--global_batch_size=0",
+        "--eval_pairs=-1",
+        "--logging_steps=0",
+        "--seed=-1",
+        "--lora_dropout=1",
+    ],
+)
 def test_values_that_the_issue_names_are_refused(flag, refuse):
     more = ["--loss_type", "robust"] if "smoothing" in flag else []
     assert flag.removeprefix("--").split("=")[0] in refuse(flag, *more)
@@ -233,7 +267,7 @@ CLASHES = [  # setting, flags that make it clash, the environment that goes with
     ("merge", ["--merge", "true", "--load_in_8bit", "true"], {}),
     ("precompute_ref_log_probs", ["--precompute_ref_log_probs", "true"], {"ACCELERATE_USE_FSDP": "true"}),
     ("precompute_ref_log_probs", ["--precompute_ref_log_probs", "true"], {"ACCELERATE_USE_DEEPSPEED": "true"}),
-    ("bf16", ["--bf16", "true", "--fp16", "true"], {}),
+    ("lora_dropout", ["--lora_dropout", "0.1"], {}),
     ("padding_free", ["--padding_free", "true"], {}),
     ("truncation_mode", ["--truncation_mode", "keep_end"], {}),
     ("train_sampling_strategy", ["--train_sampling_strategy", "batch_rebalance"], {}),
@@ -296,7 +330,9 @@ def test_an_output_dir_without_the_right_to_write_is_refused(refuse, monkeypatch
 @pytest.mark.parametrize("world, accumulation", [(1, 16), (2, 8), (8, 2)])
 def test_accumulation_follows_from_the_global_batch(world, accumulation, flags, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(world))
-    settings, _ = dpotrainer.parse_settings([*flags, "--global_batch_size", "64", "--per_device_train_batch_size", "4"])
+    settings, _ = dpotrainer.parse_settings(
+        [*flags, "--global_batch_size", "64", "--per_device_train_batch_size", "4"]
+    )
     assert dpotrainer.check_batch(settings) == []
     assert settings.gradient_accumulation_steps == accumulation and settings.per_device_eval_batch_size == 4
 
@@ -304,8 +340,15 @@ def test_accumulation_follows_from_the_global_batch(world, accumulation, flags, 
 @pytest.mark.parametrize("world, total", [(1, 24), (2, 48), (8, 192)])
 def test_a_file_written_for_trl_keeps_its_batch(world, total, inputs, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(world))
-    file = write_yaml(tmp_path / "trl.yaml", model_name_or_path=str(inputs[0]), dataset_name=str(inputs[1]), use_peft=True,
-                      per_device_train_batch_size=3, gradient_accumulation_steps=8, learning_rate=5e-6)  # fmt: skip
+    file = write_yaml(
+        tmp_path / "trl.yaml",
+        model_name_or_path=str(inputs[0]),
+        dataset_name=str(inputs[1]),
+        use_peft=True,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=8,
+        learning_rate=5e-6,
+    )
     settings, problems = dpotrainer.parse_settings(["--config", str(file)])
     assert problems == [] and dpotrainer.check_settings(settings) == []
     assert (settings.gradient_accumulation_steps, settings.global_batch_size) == (8, total)
@@ -337,7 +380,12 @@ def test_a_dry_run_shows_the_plan_without_a_gpu_and_says_so(flags, capsys, monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert dpotrainer.main([*flags, "--use_cpu", "false", "--dry_run", "true"]) == 2
     out, err = capsys.readouterr()
-    assert "24 pairs to train" in out and "<|im_start|>" in out and "no CUDA GPU" in err and not (tmp_path / "out").exists()
+    assert (
+        "24 pairs to train" in out
+        and "<|im_start|>" in out
+        and "no CUDA GPU" in err
+        and not (tmp_path / "out").exists()
+    )
 
 
 def pretend_cuda(monkeypatch, gpus=1, bf16=True):
@@ -360,11 +408,17 @@ def test_several_gpus_but_one_process_is_refused(refuse, monkeypatch):
     assert (tiny.ROOT / "configs/accelerate/ddp.yaml").exists()
 
 
-@pytest.mark.parametrize("words, package", [(["--report_to", "wandb"], "wandb"), (["--report_to", "trackio"], "trackio"),
-                                            (["--report_to", "tensorboard", "wandb"], "tensorboard"),
-                                            (["--load_in_4bit", "true"], "bitsandbytes"),
-                                            (["--load_in_8bit", "true"], "bitsandbytes"),
-                                            (["--optim", "paged_adamw_8bit"], "bitsandbytes")])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, package",
+    [
+        (["--report_to", "wandb"], "wandb"),
+        (["--report_to", "trackio"], "trackio"),
+        (["--report_to", "tensorboard", "wandb"], "tensorboard"),
+        (["--load_in_4bit", "true"], "bitsandbytes"),
+        (["--load_in_8bit", "true"], "bitsandbytes"),
+        (["--optim", "paged_adamw_8bit"], "bitsandbytes"),
+    ],
+)
 def test_a_missing_optional_package_is_named(words, package, refuse, monkeypatch):
     find = importlib.util.find_spec
     gone = ("wandb", "trackio", "tensorboard", "bitsandbytes")
@@ -378,20 +432,43 @@ def test_all_problems_come_in_one_message(tmp_path, inputs):
     shutil.copy(inputs[1], tmp_path / "pairs.jsonl")
     file = write_yaml(tmp_path / "my.yaml", learning_rte=1, max_length="long", label_smoothing=0.1)
     before = tiny.tree(tmp_path)
-    ended = tiny.run_program(["--config", file, "--bet", "0.2", "--dataset_name", "./none", "--trust_remote_code", "true",
-                              "--num_train_epochs=-1"], program=tmp_path / "dpotrainer.py", cwd=tmp_path)  # fmt: skip
+    ended = tiny.run_program(
+        [
+            "--config",
+            file,
+            "--bet",
+            "0.2",
+            "--dataset_name",
+            "./none",
+            "--trust_remote_code",
+            "true",
+            "--num_train_epochs=-1",
+        ],
+        program=tmp_path / "dpotrainer.py",
+        cwd=tmp_path,
+    )
     assert ended.returncode == 2 and ended.stdout == "" and "Traceback" not in ended.stderr
-    for said in ("lora_r=0", "SEEED", "learning_rte", "max_length", "label_smoothing=0.1", "--bet", "./none",
-                 "trust_remote_code", "num_train_epochs=-1"):  # fmt: skip
+    for said in (
+        "lora_r=0",
+        "SEEED",
+        "learning_rte",
+        "max_length",
+        "label_smoothing=0.1",
+        "--bet",
+        "./none",
+        "trust_remote_code",
+        "num_train_epochs=-1",
+    ):
         assert said in ended.stderr, said
     after = {name: text for name, text in tiny.tree(tmp_path).items() if "__pycache__" not in name}
     assert after == before
 
 
 def test_help_is_quick_and_shows_the_constants_as_defaults():
-    begun = time.monotonic()
+    begun = os.times()
     ended = tiny.run_program(["--help"])
-    assert time.monotonic() - begun < 15
+    used = os.times()
+    assert sum(used[2:4]) - sum(begun[2:4]) < 15, "seconds of one core"
     assert ended.returncode == 0 and "Traceback" not in ended.stderr
     entries = re.split(r"\n  --(?=[a-z])", ended.stdout)  # a flag and its text, which is broken anywhere
     entries = {re.match(r"\w+", entry)[0]: re.sub(r"\s", "", entry) for entry in entries[1:]}
@@ -409,12 +486,15 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_message(flags, capsys):
         assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("error, fix", [
-    ("OSError('You are trying to access a gated repo. 403 Client Error')", "hf auth login"),
-    ("OSError('nobody/nothing is not a valid model identifier')", "spelling"),
-    ("ConnectionError('connection timed out')", "network"),
-    ("OSError('does not appear to have a file named model.safetensors')", "pickled"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, fix",
+    [
+        ("OSError('You are trying to access a gated repo. 403 Client Error')", "hf auth login"),
+        ("OSError('nobody/nothing is not a valid model identifier')", "spelling"),
+        ("ConnectionError('connection timed out')", "network"),
+        ("OSError('does not appear to have a file named model.safetensors')", "pickled"),
+    ],
+)
 def test_what_the_hub_answers_is_told_with_its_fix(error, fix, flags, capsys, monkeypatch):
     def fail(*args, **kwargs):
         raise eval(error)

@@ -256,14 +256,14 @@ def test_collator_adds_one_entry_that_survives_the_way_to_the_model():
 # ------------------------------------------------------------------------------------------------------- the attention
 
 
-def dense_attention(query, key, value, plan):
+def dense_attention(query, key, value, plan, scaling=8**-0.5):
     """Each query against its keys one by one, in float64, straight from the definition."""
     groups, keys, outputs = query.shape[1] // key.shape[1], plan["key_bounds"].tolist(), []
     for i, (first, end) in enumerate(zip(plan["query_bounds"].tolist(), plan["query_bounds"].tolist()[1:])):
         for row in range(first, end):
             seen = plan["key_index"][keys[i] : keys[i + 1] - (end - 1 - row)]
             k, v = (x[0][:, seen].repeat_interleave(groups, 0) for x in (key, value))
-            weights = torch.einsum("hd,hkd->hk", query[0, :, row], k) * query.shape[-1] ** -0.5
+            weights = torch.einsum("hd,hkd->hk", query[0, :, row], k) * scaling
             outputs.append(torch.einsum("hk,hkd->hd", weights.softmax(-1), v))
     return torch.stack(outputs)[None]
 
@@ -274,9 +274,8 @@ def test_attention_is_that_of_each_row_alone(name):
     size = plan["input_ids"].shape[1]
     torch.manual_seed(0)
     inputs = [torch.randn(1, heads, size, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
-    module = SimpleNamespace()
-    ours, weights = dpotrainer.shared_prefix_attention(module, *inputs, None, shared_prefixes=plan, scaling=8**-0.5)
-    dense = dense_attention(*inputs, plan)
+    ours, weights = dpotrainer.shared_prefix_attention(None, *inputs, None, shared_prefixes=plan, scaling=0.5)
+    dense = dense_attention(*inputs, plan, scaling=0.5)
     assert weights is None and ours.shape == (1, size, 4, 8)
     torch.testing.assert_close(ours, dense)
     upstream = torch.randn_like(dense)

@@ -1,4 +1,4 @@
-"""Two hosts: two network namespaces on one machine, joined by a cable of their own, by configs/accelerate/two_nodes.yaml."""
+"""Two hosts by configs/accelerate/two_nodes.yaml: network namespaces of one machine, joined by their own cable."""
 
 import contextlib
 import os
@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import tiny
@@ -15,6 +14,14 @@ from test_run import compare_evaluation
 
 pytestmark = pytest.mark.slow
 TIMEOUT = 20  # seconds that a process waits for another one
+IMPATIENT = f"""\
+import datetime, sys
+import torch.distributed.distributed_c10d as c10d
+c10d.default_pg_timeout = datetime.timedelta(seconds={TIMEOUT})  # transformers hands ddp_timeout on for GPUs alone
+sys.path.insert(0, {str(tiny.ROOT)!r})
+import dpotrainer
+sys.exit(dpotrainer.main())
+"""
 
 
 def ip(*words: str) -> None:
@@ -64,22 +71,44 @@ def one(inputs, tmp_path_factory):
 @pytest.fixture
 def start(hosts, inputs, tmp_path):
     """start() -> the launcher of each host, its output in log-RANK; whatever still runs at the end is killed."""
-    config, started = cpu_config("two_nodes", tmp_path), []
+    config, program, started = cpu_config("two_nodes", tmp_path), tmp_path / "impatient.py", []
+    program.write_text(IMPATIENT)
 
     def launch():
-        flags = tiny.settings(*inputs, tmp_path / "out", per_device_train_batch_size=2, per_device_eval_batch_size=2,
-                              ddp_timeout=TIMEOUT)  # fmt: skip
+        flags = tiny.settings(*inputs, tmp_path / "out", per_device_train_batch_size=2, per_device_eval_batch_size=2)
         for rank, name in enumerate(hosts):
-            words = ["ip", "netns", "exec", name, sys.executable, "-m", "accelerate.commands.launch", "--config_file", config,
-                     "--machine_rank", rank, "--main_process_ip", next(iter(hosts.values())), tiny.PROGRAM, *flags]  # fmt: skip
+            words = [
+                "ip",
+                "netns",
+                "exec",
+                name,
+                sys.executable,
+                "-m",
+                "accelerate.commands.launch",
+                "--config_file",
+                config,
+                "--machine_rank",
+                rank,
+                "--main_process_ip",
+                next(iter(hosts.values())),
+                program,
+                *flags,
+            ]
             with open(tmp_path / f"log-{rank}", "a") as log:
-                started.append(subprocess.Popen([str(word) for word in words], stdout=log, stderr=log,
-                                                env=tiny.environment(GLOO_SOCKET_IFNAME="cable")))  # fmt: skip
+                started.append(
+                    subprocess.Popen(
+                        [str(word) for word in words],
+                        stdout=log,
+                        stderr=log,
+                        env=tiny.environment(GLOO_SOCKET_IFNAME="cable"),
+                    )
+                )
         return started[-2:]
 
     yield launch
     for name in hosts:
         kill_all(name)
+        ip("-n", name, "link", "set", "cable", "up")
 
 
 def kill_all(host: str) -> None:
@@ -106,15 +135,14 @@ def test_two_hosts_train_what_one_process_trains(start, inputs, one, tmp_path):
 @pytest.mark.parametrize("lost", [0, 1], ids=["the first", "the second"])
 @pytest.mark.parametrize("cut", [False, True], ids=["killed", "cut off"])
 def test_a_lost_host_ends_the_other_and_both_resume(lost, cut, start, hosts, inputs, one, tmp_path):
-    """Killed, so that its connections are closed; or cut off in the same moment, so that nothing is ever heard of it again."""
+    """Killed, so that its connections close; or cut off in the same moment, so that nothing is heard of it again."""
     both, metrics = start(), tmp_path / "out" / "metrics.jsonl"
     tiny.wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5, 180)
     if cut:
         ip("-n", list(hosts)[lost], "link", "set", "cable", "down")
     kill_all(list(hosts)[lost])
-    begun = time.monotonic()
     assert both[1 - lost].wait(TIMEOUT + 60) != 0, told(tmp_path)
-    assert time.monotonic() - begun < TIMEOUT + 45 and not (tmp_path / "out" / "adapter_config.json").exists()
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
     ip("-n", list(hosts)[lost], "link", "set", "cable", "up")
     for process in start():
         assert process.wait(180) == 0, told(tmp_path)

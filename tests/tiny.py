@@ -1,5 +1,6 @@
 """Tiny models, preference pairs and settings, and an evaluation of our own to compare the program's figures with."""
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -27,8 +28,13 @@ from transformers import (
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "dpotrainer.py"
-CONFIGS = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig, "mistral": MistralConfig,
-           "gemma": GemmaConfig}  # fmt: skip
+CONFIGS = {
+    "qwen3": Qwen3Config,
+    "qwen2": Qwen2Config,
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "gemma": GemmaConfig,
+}
 TEMPLATE = """\
 {%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
@@ -37,22 +43,26 @@ TEMPLATE = """\
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
-WORDS = """red green blue yellow small large round square old new warm cold stone river house garden window table door
-lamp bread water paper horse bird fish tree leaf road bridge boat train hill cloud rain snow wind fire star moon sun
-one two three four five six seven eight nine ten 猫 狗 水 山 红 绿""".split()
+WORDS = (  # noqa: SIM905
+    "red green blue yellow small large round square old new warm cold stone river house garden window table door lamp "
+    "bread water paper horse bird fish tree leaf road bridge boat train hill cloud rain snow wind fire star moon sun "
+    "one two three four five six seven eight nine ten 猫 狗 水 山 红 绿"
+).split()
 
 
 # ------------------------------------------------------------------------------------------------- models and pairs
 def make_pair(rng: random.Random, flipped: float = 0.0) -> dict:
-    """A question with a polite answer, chosen, and a curt one, rejected; a share is flipped, so that no accuracy is 1."""
+    """A question with a polite answer, chosen, and a curt one, rejected; a share of them is flipped."""
 
     def words(low, high):
         return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
 
     history = [{"role": "system", "content": f"You like {words(1, 3)}."}] if rng.random() < 0.2 else []
     if rng.random() < 0.3:
-        history += [{"role": "user", "content": f"Where is the {words(1, 3)}?"},
-                    {"role": "assistant", "content": f"By the {words(1, 2)}."}]  # fmt: skip
+        history += [
+            {"role": "user", "content": f"Where is the {words(1, 3)}?"},
+            {"role": "assistant", "content": f"By the {words(1, 2)}."},
+        ]
     prompt, fact = [*history, {"role": "user", "content": f"What is {words(1, 12)}?"}], words(1, 6)
     polite, curt = f"Good question! It is {fact}. {words(0, 8)}", f"It is {fact}, no more {words(0, 5)}"
     answers = [[{"role": "assistant", "content": text.strip()}] for text in (polite, curt)]
@@ -71,25 +81,45 @@ def make_pairs(path: Path, n: int, seed: int = 0, flipped: float = 0.2) -> Path:
 def make_tokenizer(vocabulary: int = 420) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with a ChatML template, trained on pairs like those of make_pairs."""
     rng = random.Random(1)
-    texts = [turn["content"] for pair in (make_pair(rng) for _ in range(200)) for side in pair.values() for turn in side]
+    texts = [
+        turn["content"] for pair in (make_pair(rng) for _ in range(200)) for side in pair.values() for turn in side
+    ]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))  # fmt: skip
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=special[2], pad_token=special[0],
-                                   chat_template=TEMPLATE)  # fmt: skip
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=special[2], pad_token=special[0], chat_template=TEMPLATE
+    )
 
 
 def make_model(folder: Path, architecture: str = "qwen3", seed: int = 0, width: int = 32, **config) -> Path:
     """Save a random causal language model of two layers, with its tokenizer; weights wide enough to have opinions."""
     tokenizer = make_tokenizer()
-    shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "initializer_range": 0.15,
-             "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
-             "vocab_size": len(tokenizer), "tie_word_embeddings": True}  # fmt: skip
+    shape = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.15,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "vocab_size": len(tokenizer),
+        "tie_word_embeddings": True,
+    }
     shape |= {"sliding_window": None} if architecture == "mistral" else {}
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIGS[architecture](**shape | config), dtype=torch.float32)
@@ -99,10 +129,27 @@ def make_model(folder: Path, architecture: str = "qwen3", seed: int = 0, width: 
 
 
 # ------------------------------------------------------------------------------------------------------------ runs
-FAST = {"use_cpu": True, "bf16": False, "dtype": "float32", "gradient_checkpointing": False, "max_length": 96,
-        "lora_r": 4, "lora_alpha": 8, "learning_rate": 2e-3, "warmup_steps": 0, "num_train_epochs": 1,
-        "global_batch_size": 4, "per_device_train_batch_size": 4, "eval_pairs": 9, "eval_steps": 4, "save_steps": 4,
-        "logging_steps": 1, "sample_prompts": 0, "report_to": "none", "disable_tqdm": True}  # fmt: skip
+FAST = {
+    "use_cpu": True,
+    "bf16": False,
+    "dtype": "float32",
+    "gradient_checkpointing": False,
+    "max_length": 96,
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "learning_rate": 2e-3,
+    "warmup_steps": 0,
+    "num_train_epochs": 1,
+    "global_batch_size": 4,
+    "per_device_train_batch_size": 4,
+    "eval_pairs": 9,
+    "eval_steps": 4,
+    "save_steps": 4,
+    "logging_steps": 1,
+    "sample_prompts": 0,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
 
 
 def settings(model: Path, data: Path, output: Path, **changes) -> list[str]:
@@ -117,7 +164,11 @@ def settings(model: Path, data: Path, output: Path, **changes) -> list[str]:
 def environment(**changes) -> dict[str, str]:
     """The environment of a subprocess: one thread, no hub, and none of a launcher's variables."""
     ours = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
     return kept | ours | {k: str(v) for k, v in changes.items()}
 
 
@@ -134,6 +185,7 @@ def _be_the_program(flags: list[str], log: Path, variables: dict, changes: tuple
     os.environ.update({name: str(value) for name, value in variables.items()})
     import dpotrainer
 
+    gc.freeze()  # collections then skip the libraries
     for change in changes:
         change(dpotrainer)
     sys.exit(dpotrainer.main(flags))
@@ -142,12 +194,15 @@ def _be_the_program(flags: list[str], log: Path, variables: dict, changes: tuple
 def start_program(flags: list[str], log: Path, *changes: Callable, **variables) -> multiprocessing.Process:
     """The program in a process of its own, with `variables` in its environment; what it prints is added to log.
 
-    Each of `changes` is called with the module before. The process is forked from a server that has the libraries loaded,
-    which saves the seconds of their import.
+    Each of `changes` is called with the module before. The process is forked from a server that has the libraries
+    loaded, which saves the seconds of their import.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dpotrainer"])
-    path, os.environ["PYTHONPATH"] = os.environ.get("PYTHONPATH", ""), os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    path, os.environ["PYTHONPATH"] = (
+        os.environ.get("PYTHONPATH", ""),
+        os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    )
     process = context.Process(target=_be_the_program, args=(list(map(str, flags)), log, variables, changes))
     process.start()
     os.environ["PYTHONPATH"] = path

@@ -1,29 +1,29 @@
-"""Stock trl.DPOTrainer against shared prefixes: same weights, same pairs, same order, one process, step by step in turn.
+"""Stock trl.DPOTrainer against shared prefixes: same weights, same pairs, same order, one process, steps in turn.
 
     OMP_WAIT_POLICY=passive python tests/benchmarks/throughput.py --device cpu --pairs PAIRS.jsonl --tokenizer FOLDER
     python tests/benchmarks/throughput.py --device cuda --model qwen3-8b --pairs PAIRS.jsonl --tokenizer FOLDER \\
         --per_device 4 --max_length 2048 --steps 12 --repeats 3 --profile --output throughput.json
 
-Each row of the table adds one technique to the row above it. Every step of every row runs on the same pairs, right after
-the same step of the other rows, so that whatever else the machine does falls on all of them; the optimizer moves the
-weights, and the largest difference of a step's loss to stock's says whether they moved alike. A ratio is that of the
-times of all steps of one repeat: median, least and greatest over the repeats. Weights are random unless --model is a
+Each row of the table adds one technique to the row above. Every step of every row runs right after the same step of
+the other rows, so that whatever else the machine does falls on all alike; the optimizer moves the weights, and the
+largest difference of a loss from stock's shows whether they moved alike. A ratio is that of the summed times of one
+repeat's steps: median, least and greatest over the repeats. On a CPU that other programs share, processor time is the
+steadier measure (with OMP_WAIT_POLICY=passive, or waiting counts as work). Weights are random unless --model is a
 folder: the speed of a dense model does not depend on them.
 
-Tokens: `computed` are those that run through the layers, padding included; `needed` is every distinct token of the pairs
-once. Useful work, for N weights in the layers' matrices: 2N per needed token forward, 2N backward (the weights are
-frozen; LoRA's own get 4N) and 2N for the reference, and the same with the head's weights per scored token. MFU is that
-work over the time, as a share of the rate of a plain matrix product on the same machine; attention and the
-recomputation of checkpointing do not count, and stand in columns of their own.
+`computed` tokens run through the layers, padding included; `needed` tokens are the distinct ones of the pairs. Useful
+work, for N weights in the layers' matrices: 2N per needed token forward, 2N backward (the weights are frozen; LoRA's
+own get 4N) and 2N for the reference; the same with the head's weights per scored token. MFU is that work over the
+time, as a share of the rate of a plain matrix product on the same machine. Attention and the recomputation of
+checkpointing do not count there and have columns of their own. Peak memory is the process's, with the
+base once and every row's adapter in it.
 """
 
 import argparse
 import copy
 import gc
-import importlib.resources
 import json
 import os
-import platform
 import random
 import re
 import statistics
@@ -33,6 +33,7 @@ import tempfile
 import time
 from collections import Counter
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -44,45 +45,34 @@ from trl import DPOConfig, DPOTrainer
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import dpotrainer
 
-# The small shapes stand in for a large model on a CPU: their vocabulary is cut (ids modulo its size), since on a CPU TRL
-# scores every position, and the head would otherwise outweigh the layers, which it does not in a large model.
-QWEN3 = {"model_type": "qwen3", "num_key_value_heads": 8, "head_dim": 128, "rope_theta": 1e6}
-SHAPES = {
-    "qwen3-2x64": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    | {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 256},
-    "qwen3-6x1024": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 6, "num_attention_heads": 16}
-    | {"vocab_size": 2048},
-    "qwen3-8b": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32}
-    | {"vocab_size": 151936},
+# The small shapes stand in for a large model on a CPU. There TRL scores every position, not only those of answers, so
+# their vocabulary is cut (ids modulo its size) until the head takes the share of a step that it takes in Qwen3-8B.
+SHAPES = {  # width, width of the MLP, layers, query heads, key heads, width of a head, vocabulary
+    "qwen3-2x64": (64, 128, 2, 4, 2, 16, 256),
+    "qwen3-6x1024": (1024, 3072, 6, 16, 8, 128, 2048),
+    "qwen3-8b": (4096, 12288, 36, 32, 8, 128, 151936),
 }
-TECHNIQUES = {  # each is added to those above it
-    "stock": "trl.DPOTrainer as it is",
-    "shared prefixes": "every distinct token once, without padding",
-    "no LoRA input casts": "activations stay in half precision on their way into LoRA (CUDA)",
-    "compiled layers": "torch.compile of each decoder layer, for any shape (--compile)",
-}
+ROWS = "stock", "+ shared prefixes", "+ no LoRA input casts", "+ compiled layers"  # each with all that stand before it
 KINDS = {  # of work, by the name of a kernel or operator; the first that matches
     "attention": r"flash|fmha|scaled_dot|attn",
     "head": r"_forward_kernel|_backward_kernel|ChunkedLogProb",
     "matrix products": r"gemm|nvjet|cutlass|cublas|aten::(mm|bmm|addmm|linear|matmul)",
     "copies, casts, gathers": r"copy|memcpy|memset|cat|index|gather|scatter|fill|aten::to",
-    "reductions": r"reduce|norm|softmax|sum|mean|amax",
-    "elementwise": r"elementwise|aten::",
+    "elementwise, reductions": r"elementwise|reduce|norm|softmax|aten::",
 }
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--model", help=f"a folder, or one of {', '.join(SHAPES)}; by default one for the device")
-    parser.add_argument("--pairs", required=True, help="JSON lines of prompt, chosen, rejected: strings or messages")
-    parser.add_argument("--tokenizer", required=True, help="a folder; without a chat template of its own, Qwen3's is used")
+    parser.add_argument("--model", help=f"a folder, or {', '.join(SHAPES)}; by default the one for the device")
+    parser.add_argument("--pairs", required=True, help="JSON lines of prompt, chosen and rejected")
+    parser.add_argument("--tokenizer", required=True, help="a folder; Qwen3's chat template if it has none")
     parser.add_argument("--per_device", type=int, default=4, help="pairs per step")
     parser.add_argument("--max_length", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=8, help="steps in a repeat, each on other pairs")
     parser.add_argument("--repeats", type=int, default=3, help="how often to run those steps")
     parser.add_argument("--checkpointing", choices=("off", "on"), nargs="+", default=["off", "on"])
-    parser.add_argument("--lora_r", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="add the row of compiled layers")
@@ -91,28 +81,21 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def load_tokenizer(folder):
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.chat_template is None:
-        template = importlib.resources.files("trl") / "chat_templates" / "qwen3.jinja"
-        tokenizer.chat_template = template.read_text()
-    return tokenizer
-
-
 def build_model(arguments):
     """The base model, in float32 on a CPU and bf16 on CUDA, made on the device itself."""
     dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
     torch.manual_seed(arguments.seed)
+    if arguments.model not in SHAPES:
+        return AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(arguments.device)
+    names = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
+    sizes = dict(zip((*names, "head_dim", "vocab_size"), SHAPES[arguments.model]))
     with torch.device(arguments.device):
-        if arguments.model not in SHAPES:
-            return AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(arguments.device)
-        config = AutoConfig.for_model(**{**QWEN3, **SHAPES[arguments.model]})
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", rope_theta=1e6, **sizes), dtype=dtype)
 
 
-def build_row(technique, base, pairs, tokenizer, checkpointing, arguments):
-    """A trainer with this technique and all above it. The rows share the base's weights; each has its own adapter."""
-    place = list(TECHNIQUES).index(technique)
+def build_trainer(row, base, pairs, tokenizer, checkpointing, arguments):
+    """The trainer of a row. All rows share the base's weights; each has its own adapter, from the same seed."""
+    place = ROWS.index(row)
     model = copy.deepcopy(base, {id(weight): weight for weight in base.parameters()})
     if place >= 1:
         dpotrainer.share_prefixes(model)
@@ -125,7 +108,7 @@ def build_row(technique, base, pairs, tokenizer, checkpointing, arguments):
         data_collator=dpotrainer.PreferenceCollator(0, arguments.max_length, share_prefixes=place >= 1),
         train_dataset=Dataset.from_list(pairs),
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=arguments.lora_r, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     if checkpointing:
         trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -134,25 +117,23 @@ def build_row(technique, base, pairs, tokenizer, checkpointing, arguments):
             module.cast_input_dtype_enabled = False
     for layer in model.base_model.layers if place >= 3 else ():
         layer.compile(dynamic=True)
-    trainer.current_gradient_accumulation_steps = 1
+    trainer.current_gradient_accumulation_steps = 1  # what train() would have set
     trainer.model_wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.create_optimizer())
     return trainer
 
 
-def build_rows(base, pairs, tokenizer, checkpointing, arguments):
-    """The trainers, by technique, and their pairs as TRL tokenizes them."""
-    techniques = list(TECHNIQUES)[: 4 if arguments.compile else 3]
+def build_trainers(base, pairs, tokenizer, checkpointing, arguments):
+    """The trainer of each row, and the batches of all steps of a repeat, as TRL tokenizes the pairs."""
+    rows = [row for row in ROWS if arguments.compile or row != "+ compiled layers"]
     if arguments.device == "cpu":
-        techniques.remove("no LoRA input casts")
-    rows = {name: build_row(name, base, pairs, tokenizer, checkpointing, arguments) for name in techniques}
-    vocabulary = base.config.vocab_size
-    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
-    rows_of_ids = rows["stock"].train_dataset.select_columns(columns)
-    examples = [{name: [i % vocabulary for i in row[name]] for name in columns} for row in rows_of_ids]
+        rows.remove("+ no LoRA input casts")  # nothing is cast in float32
+    trainers = {row: build_trainer(row, base, pairs, tokenizer, checkpointing, arguments) for row in rows}
+    columns, size = ("prompt_ids", "chosen_ids", "rejected_ids"), base.config.vocab_size
+    examples = [{name: [i % size for i in row[name]] for name in columns} for row in trainers["stock"].train_dataset]
     random.Random(arguments.seed).shuffle(examples)
     count = arguments.steps * arguments.per_device
     examples = (examples * -(-count // len(examples)))[:count]
-    return rows, [examples[i : i + arguments.per_device] for i in range(0, count, arguments.per_device)]
+    return trainers, [examples[i : i + arguments.per_device] for i in range(0, count, arguments.per_device)]
 
 
 def run_step(trainer, examples, device):
@@ -162,37 +143,33 @@ def run_step(trainer, examples, device):
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
     elif os.path.exists("/proc/self/clear_refs"):
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak resident size
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak resident size
     start, processor = time.perf_counter(), time.process_time()
     loss = trainer.training_step(trainer.model_wrapped, batch)
     trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
-    loss = loss.item()
+    loss = loss.item()  # waits for the GPU
     seconds, processor = time.perf_counter() - start, time.process_time() - processor
-    return seconds, loss, torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident(), processor
-
-
-def peak_resident():
-    """The largest size of this process in memory since the last reset, in bytes; 0 where the system does not say."""
+    if device == "cuda":
+        return seconds, loss, torch.cuda.max_memory_allocated(), processor
     status = Path("/proc/self/status")
     peak = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
-    return int(peak[1]) * 1024 if peak else 0
+    return seconds, loss, int(peak[1]) * 1024 if peak else 0, processor
 
 
-def measure(rows, batches, arguments):
-    """Every step of every repeat, row after row, in an order that turns: {row: [repeat][step] of (s, loss, bytes)}."""
-    longest = max(batches, key=lambda examples: max(len(e["prompt_ids"] + e["chosen_ids"]) for e in examples))
-    for trainer in rows.values():  # compiles, fills the allocator, moves nothing
-        trainer.training_step(trainer.model_wrapped, trainer.data_collator(longest))
+def measure(trainers, batches, arguments):
+    """Every step of every repeat, row after row, there and back: {row: [repeat][step] of what run_step returns}."""
+    for trainer in trainers.values():  # fills caches, compiles; moves nothing
+        trainer.training_step(trainer.model_wrapped, trainer.data_collator(batches[-1]))
         trainer.model.zero_grad()
-    taken = {name: [[] for _ in range(arguments.repeats)] for name in rows}
+    taken = {row: [[] for _ in range(arguments.repeats)] for row in trainers}
     for repeat in range(arguments.repeats):
         for i, examples in enumerate(batches):
-            for name in sorted(rows, key=list(rows).index, reverse=(i + repeat) % 2 == 1):
-                taken[name][repeat].append(run_step(rows[name], examples, arguments.device))
-            losses = " ".join(f"{name} {taken[name][repeat][-1][0]:.2f}s" for name in rows)
-            print(f"  repeat {repeat + 1} step {i + 1}: {losses}", file=sys.stderr, flush=True)
+            for row in list(trainers)[:: -1 if (i + repeat) % 2 else 1]:
+                taken[row][repeat].append(run_step(trainers[row], examples, arguments.device))
+            seconds = "".join(f", {row} {repeats[repeat][-1][0]:.2f} s" for row, repeats in taken.items())
+            print(f"repeat {repeat + 1}, step {i + 1}{seconds}", file=sys.stderr, flush=True)
     return taken
 
 
@@ -210,99 +187,85 @@ def matmul_rate(device):
     return 2 * size**3 / statistics.median(taken[2:])
 
 
-def count_work(base, adapter_weights, batches, arguments):
-    """What the steps of one repeat take: tokens by kind, and useful, attention and recomputation operations."""
-    collator = dpotrainer.PreferenceCollator(0, arguments.max_length)
-    work = Counter()
+def count_work(base, lora_weights, batches, arguments):
+    """What the steps of one repeat take: tokens by kind, and operations by kind."""
+    work, collator, config = Counter(), dpotrainer.PreferenceCollator(0, arguments.max_length), base.config
     for examples in batches:
         batch = collator(examples)
-        plan = batch["plan"]
+        lengths = list(zip(batch["plan"]["query_lengths"], batch["plan"]["key_lengths"]))
         work["pairs"] += len(examples)
         work["computed"] += batch["input_ids"].numel()
-        work["needed"] += plan["input_ids"].numel()
+        work["needed"] += sum(queries for queries, _ in lengths)
         work["scored"] += int(batch["completion_mask"][:, 1:].sum())
-        lengths = zip(plan["query_lengths"], plan["key_lengths"])
-        work["scores"] += sum(queries * (keys - queries) + queries * (queries + 1) // 2 for queries, keys in lengths)
+        work["scores"] += sum(queries * (2 * keys - queries + 1) // 2 for queries, keys in lengths)  # query-key pairs
     head = base.get_output_embeddings().weight.numel()
     layers = sum(w.numel() for name, w in base.base_model.named_parameters() if w.dim() == 2 and "embed" not in name)
-    config = base.config
+    width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
     work["recomputation"] = 2 * layers * work["needed"]
-    work["useful"] = 3 * work["recomputation"] + 6 * adapter_weights * work["needed"] + 6 * head * work["scored"]
-    score = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim  # products, forward
-    work["attention"] = 4 * score * work["scores"]  # policy forward, twice that backward, reference forward
+    work["useful"] = 6 * (layers + lora_weights) * work["needed"] + 6 * head * work["scored"]
+    work["attention"] = 4 * 4 * config.num_hidden_layers * width * work["scores"]  # forward, twice it back, reference
     return dict(work)
 
 
+def ratio_to_stock(stock, repeats, field):
+    """(median, least, greatest) over the repeats of stock's sum over its steps to this row's."""
+    ratios = [sum(s[field] for s in old) / sum(s[field] for s in new) for old, new in zip(stock, repeats)]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
 def summarize(taken, work, rate):
-    """One dict of figures per row of the table."""
+    """One dict of figures per row of the table; rates are those of each step's median over the repeats."""
     stock, table = taken["stock"], []
-    for name, repeats in taken.items():
-        seconds = [sum(step[0] for step in repeat) for repeat in repeats]
-        ratios = [sum(step[0] for step in old) / new for old, new in zip(stock, seconds)]
-        each = [statistics.median(repeat[i][0] for repeat in repeats) for i in range(len(repeats[0]))]
-        stock_each = [statistics.median(repeat[i][0] for repeat in stock) for i in range(len(each))]
-        typical = sum(each)
-        difference = max(abs(a[1] - b[1]) for old, new in zip(stock, repeats) for a, b in zip(old, new))
-        table.append(
-            {
-                "row": name,
-                "seconds_per_step": typical / len(each),
-                "pairs_per_second": work["pairs"] / typical,
-                "computed_per_second": work["computed" if name == "stock" else "needed"] / typical,
-                "needed_per_second": work["needed"] / typical,
-                "mfu": work["useful"] / typical / rate,
-                "attention_share": work["attention"] / typical / rate,
-                "recomputation_share": work["recomputation"] / typical / rate,
-                "peak_gib": max(step[2] for repeat in repeats for step in repeat) / 2**30,
-                "loss_difference": difference,
-                "ratio": [statistics.median(ratios), min(ratios), max(ratios)],
-                "ratio_of_median_steps": sum(stock_each) / typical,
-            }
-        )
+    for row, repeats in taken.items():
+        seconds = sum(statistics.median(step[0] for step in steps) for steps in zip(*repeats))
+        figures = {"row": row, "seconds_per_step": seconds / len(repeats[0]), "pairs/s": work["pairs"] / seconds}
+        figures["computed tokens/s"] = work["computed" if row == "stock" else "needed"] / seconds
+        figures["needed tokens/s"] = work["needed"] / seconds
+        for name, kind in (("MFU", "useful"), ("+ attention", "attention"), ("+ recomputation", "recomputation")):
+            figures[name] = work[kind] / seconds / rate
+        figures["peak GiB"] = max(step[2] for repeat in repeats for step in repeat) / 2**30
+        pairs_of_steps = (steps for old, new in zip(stock, repeats) for steps in zip(old, new))
+        figures["loss difference"] = max(abs(theirs[1] - ours[1]) for theirs, ours in pairs_of_steps)
+        figures["times stock"] = ratio_to_stock(stock, repeats, 0)
+        figures["in processor time"] = ratio_to_stock(stock, repeats, 3)
+        table.append(figures)
     return table
 
 
-def print_table(table, checkpointing):
-    heads = "pairs/s", "computed tok/s", "needed tok/s", "MFU", "attention", "recompute", "peak GiB", "max |dloss|", "ratio"
-    print(f"\n| gradient checkpointing {'on' if checkpointing else 'off'} | {' | '.join(heads)} |")
-    print("|---" * (len(heads) + 1) + "|")
-    for row in table:
-        ratio = "{:.2f} ({:.2f} to {:.2f})".format(*row["ratio"])
-        recomputed = f"{row['recomputation_share']:.1%}" if checkpointing else "-"
-        print(
-            f"| {'' if row['row'] == 'stock' else '+ '}{row['row']} | {row['pairs_per_second']:.2f} "
-            f"| {row['computed_per_second']:,.0f} | {row['needed_per_second']:,.0f} | {row['mfu']:.1%} "
-            f"| {row['attention_share']:.1%} | {recomputed} | {row['peak_gib']:.1f} | {row['loss_difference']:.1e} | {ratio} |"
-        )
+def print_table(table, checkpointing, device):
+    ratio = "{0[0]:.2f} ({0[1]:.2f} to {0[2]:.2f})"
+    shown = {"pairs/s": "{:.2f}", "computed tokens/s": "{:,.0f}", "needed tokens/s": "{:,.0f}", "MFU": "{:.1%}"}
+    shown |= {"+ attention": "{:.1%}"} | ({"+ recomputation": "{:.1%}"} if checkpointing else {})
+    shown |= {"peak GiB": "{:.1f}", "loss difference": "{:.1e}", "times stock": ratio}
+    shown.update({"in processor time": ratio} if device == "cpu" else {})
+    lines = [[f"checkpointing {'on' if checkpointing else 'off'}", *shown], ["---"] * (len(shown) + 1)]
+    lines += [[figures["row"], *(form.format(figures[name]) for name, form in shown.items())] for figures in table]
+    print("\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines), flush=True)
 
 
 def profile_step(trainer, examples, device):
-    """Milliseconds of one step by kind of work: kernels on CUDA, operators on a CPU."""
-    activities = [getattr(torch.profiler.ProfilerActivity, device.upper())]
-    with torch.profiler.profile(activities=activities) as profiler:
+    """Milliseconds of one step by kind of work: of kernels on CUDA, of operators on a CPU."""
+    activity = getattr(torch.profiler.ProfilerActivity, device.upper())
+    with torch.profiler.profile(activities=[activity]) as profiler:
         run_step(trainer, examples, device)
     kinds = Counter()
     for event in profiler.key_averages():
-        spent = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
         kind = next((kind for kind, names in KINDS.items() if re.search(names, event.key, re.IGNORECASE)), "other")
-        kinds[kind] += spent / 1e3
-    return dict(kinds.most_common())
+        kinds[kind] += event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+    return {kind: round(microseconds / 1e3) for kind, microseconds in kinds.most_common()}
 
 
-def describe_machine(arguments):
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    names = ("torch", "transformers", "trl", "peft", "accelerate")
-    if arguments.device == "cuda":
-        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        machine = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-    else:
-        model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text()) if os.name == "posix" else None
-        machine = f"{model[1] if model else platform.processor()}, {torch.get_num_threads()} threads"
+def describe_machine(device):
+    def run(*command):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    gpu = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    cpu = ["sh", "-c", "lscpu | sed -n 's/^Model name: *//p'"]
     return {
-        "machine": machine,
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-        "versions": {name: version(name) for name in names},
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "machine": f"{run(*(gpu if device == 'cuda' else cpu))}, {torch.get_num_threads()} CPU threads",
+        "commit": run("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate")},
+        "command": " ".join(["python", *sys.argv]),
     }
 
 
@@ -310,24 +273,23 @@ def main():
     arguments = parse_arguments()
     arguments.model = arguments.model or {"cpu": "qwen3-6x1024", "cuda": "qwen3-8b"}[arguments.device]
     logging.set_verbosity_error()
-    tokenizer = load_tokenizer(arguments.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template or (files("trl") / "chat_templates/qwen3.jinja").read_text()
     pairs = [json.loads(line) for line in Path(arguments.pairs).read_text().splitlines()]
-    base, rate, machine = build_model(arguments), matmul_rate(arguments.device), describe_machine(arguments)
-    print(f"{machine}\nmatrix products: {rate / 1e12:.3f} TFLOP/s", flush=True)
+    base, rate, machine = build_model(arguments), matmul_rate(arguments.device), describe_machine(arguments.device)
+    print(f"{json.dumps(machine, indent=1)}\nmatrix products: {rate / 1e12:.3f} TFLOP/s", flush=True)
     results = []
     for checkpointing in (choice == "on" for choice in arguments.checkpointing):
-        rows, batches = build_rows(base, pairs, tokenizer, checkpointing, arguments)
-        adapter = sum(w.numel() for w in rows["stock"].model.parameters() if w.requires_grad)
-        work = count_work(base, adapter, batches, arguments)
-        taken = measure(rows, batches, arguments)
+        trainers, batches = build_trainers(base, pairs, tokenizer, checkpointing, arguments)
+        lora_weights = sum(w.numel() for w in trainers["stock"].model.parameters() if w.requires_grad)
+        work, taken = count_work(base, lora_weights, batches, arguments), measure(trainers, batches, arguments)
         table = summarize(taken, work, rate)
-        print_table(table, checkpointing)
-        result = {"checkpointing": checkpointing, "work": work, "table": table, "steps": taken}
-        if arguments.profile:
-            result["profile_ms"] = {name: profile_step(row, batches[0], arguments.device) for name, row in rows.items()}
-            print(f"\nmilliseconds of one step by kind of work: {json.dumps(result['profile_ms'], indent=2)}")
-        results.append(result)
-        del rows
+        print_table(table, checkpointing, arguments.device)
+        results.append({"checkpointing": checkpointing, "work": work, "table": table, "steps": taken})
+        for figures in table if arguments.profile else ():
+            figures["profile"] = profile_step(trainers[figures["row"]], batches[0], arguments.device)
+            print(f"{figures['row']}, milliseconds of a step by kind of work: {figures['profile']}", flush=True)
+        del trainers
         gc.collect()
     if arguments.output:
         everything = {**machine, "matmul_flops": rate, "arguments": vars(arguments), "results": results}
