@@ -346,17 +346,19 @@ def check_settings(s: argparse.Namespace) -> list[str]:
         free = (
             s.max_steps > 0 if name == "num_train_epochs" else value is None and name in ("max_length", "eval_steps")
         )
-        if not free and (value is None or not low <= value <= high):
+        if not free and not (isinstance(value, int | float) and low <= value <= high):
             problems.append(f"{name}={value}: must lie between {low:g} and {high:g}; {usual} is usual")
     problems += [f"{name}={getattr(s, name)}: {text}" for name, wrong, text in CONFLICTS if wrong(s)]
     problems += [f"{name} {text}" for name, text in REFUSED.items() if getattr(s, name)]
     problems += check_batch(s) if not problems else []
-    for name in ("model_name_or_path", "dataset_name", "ref_model_name_or_path"):
+    for name in ("model_name_or_path", "dataset_name", "ref_model_name_or_path", "output_dir"):
         value = getattr(s, name)
+        if not value and not name.startswith("ref_"):
+            problems.append(f"{name}={value}: is empty; give a name or a path")
         local = value and re.search(r"^[./~]|/.*/|\.(jsonl?|parquet|csv)$", value)  # a hub name is owner/name
-        if value == "" or (local and not Path(value).expanduser().exists()):
+        if local and name != "output_dir" and not Path(value).expanduser().exists():
             problems.append(f"{name}={value}: there is no such file or folder in {Path.cwd()}; check the path")
-    output = Path(s.output_dir).absolute()
+    output = Path(s.output_dir or ".").absolute()
     existing = next(parent for parent in (output, *output.parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         problems.append(f"output_dir={s.output_dir}: {existing} is not a folder that can be written; choose another")
@@ -979,7 +981,7 @@ def cache_reference(trainer: PreferenceTrainer, s: argparse.Namespace, start: ar
         try:
             with closing(sqlite3.connect(path)) as database:
                 database.execute(
-                    "SELECT sum(pair), sum(chosen), sum(rejected) FROM logps"
+                    "SELECT total(pair), total(chosen), total(rejected) FROM logps"
                 ).fetchall()  # reads all of it
         except sqlite3.DatabaseError as error:
             say(f"{path} is damaged ({error}): renamed to {set_aside(path, f'damaged-{path.name}')}")

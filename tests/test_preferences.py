@@ -623,6 +623,7 @@ def test_qwen3_with_reasoning_has_it_in_the_answer(qwen, tmp_path):
 
 def test_tool_calls_reach_the_template_as_they_were_written(qwen, tmp_path):
     """Parquet fills the arguments of a call with those of every other call, as None: they must not reach the model."""
+
     def call(**arguments):
         calls = [{"function": {"name": "f", "arguments": arguments}}]
         return [{"role": "assistant", "content": None, "tool_calls": calls}]
