@@ -177,7 +177,7 @@ RANGES = {  # setting: lowest, highest, usual
     "per_device_train_batch_size": (1, 1e6, "4"), "per_device_eval_batch_size": (1, 1e6, "4"),
     "eval_pairs": (0, 1e9, "500"), "sample_prompts": (0, 1e6, "8"), "logging_steps": (1e-6, 1e9, "10"),
     "eval_steps": (1e-6, 1e9, "100"), "save_steps": (1e-6, 1e9, "100"), "max_grad_norm": (0, 1e9, "1"),
-    "seed": (0, 2**32 - 1, "42"),
+    "seed": (0, 2**32 - 1, "42"), "max_steps": (-1, 1e12, "-1"),
 }
 REFUSED = {  # settings that would break a promise of this program: why, and what to do
     "trust_remote_code": "would run code of the model's author; use a model that transformers knows",
@@ -343,9 +343,8 @@ def check_settings(s: argparse.Namespace) -> list[str]:
     problems = []
     for name, (low, high, usual) in RANGES.items():
         value = getattr(s, name)
-        free = (
-            s.max_steps > 0 if name == "num_train_epochs" else value is None and name in ("max_length", "eval_steps")
-        )
+        nullable = value is None and name in ("max_length", "eval_steps")
+        free = (s.max_steps or 0) > 0 if name == "num_train_epochs" else nullable
         if not free and not (isinstance(value, int | float) and low <= value <= high):
             problems.append(f"{name}={value}: must lie between {low:g} and {high:g}; {usual} is usual")
     problems += [f"{name}={getattr(s, name)}: {text}" for name, wrong, text in CONFLICTS if wrong(s)]
@@ -353,7 +352,7 @@ def check_settings(s: argparse.Namespace) -> list[str]:
     problems += check_batch(s) if not problems else []
     for name in ("model_name_or_path", "dataset_name", "ref_model_name_or_path", "output_dir"):
         value = getattr(s, name)
-        if not value and not name.startswith("ref_"):
+        if value == "" or (value is None and not name.startswith("ref_")):
             problems.append(f"{name}={value}: is empty; give a name or a path")
         local = value and re.search(r"^[./~]|/.*/|\.(jsonl?|parquet|csv)$", value)  # a hub name is owner/name
         if local and name != "output_dir" and not Path(value).expanduser().exists():
