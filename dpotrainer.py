@@ -175,6 +175,7 @@ RANGES = {  # setting: lowest, highest, usual
     "lora_r": (1, 1e5, "16 to 64"), "lora_alpha": (1, 1e6, "lora_r"), "lora_dropout": (0, 0.999, "0"),
     "max_length": (2, 1e9, "1024 to 4096"), "global_batch_size": (1, 1e9, "64"),
     "per_device_train_batch_size": (1, 1e6, "4"), "per_device_eval_batch_size": (1, 1e6, "4"),
+    "gradient_accumulation_steps": (1, 1e6, "what global_batch_size makes it"),
     "eval_pairs": (0, 1e9, "500"), "sample_prompts": (0, 1e6, "8"), "logging_steps": (1e-6, 1e9, "10"),
     "eval_steps": (1e-6, 1e9, "100"), "save_steps": (1e-6, 1e9, "100"), "max_grad_norm": (0, 1e9, "1"),
     "seed": (0, 2**32 - 1, "42"), "max_steps": (-1, 1e12, "-1"),
@@ -341,6 +342,8 @@ def check_batch(s: argparse.Namespace) -> list[str]:
 def check_settings(s: argparse.Namespace) -> list[str]:
     """Everything that is wrong with the settings, each with its fix, before anything is downloaded or written."""
     problems = []
+    if not s.loss_type:
+        return [f"loss_type={s.loss_type}: is empty; sigmoid is DPO"]
     for name, (low, high, usual) in RANGES.items():
         value = getattr(s, name)
         nullable = value is None and name in ("max_length", "eval_steps")
@@ -1702,7 +1705,7 @@ def prepare(s: argparse.Namespace) -> tuple:
 def run(argv: list[str]) -> None:
     warnings.simplefilter("ignore", FutureWarning)  # of the pinned libraries among themselves
     s, problems = parse_settings(argv)
-    problems, machine = problems + check_settings(s), check_machine(s)
+    problems, machine = problems + settle(check_settings, s), settle(check_machine, s)
     if problems or (machine and not s.dry_run):
         raise UserError("\n".join(problems + machine))
     with open_output(s):
