@@ -1709,7 +1709,8 @@ def run(argv: list[str]) -> None:
     if problems or (machine and not s.dry_run):
         raise UserError("\n".join(problems + machine))
     with open_output(s):
-        if not s.dry_run and Path(s.output_dir, "adapter_config.json").exists():
+        fresh = s.dry_run or s.overwrite  # other processes must not see what the main one is about to move aside
+        if not fresh and Path(s.output_dir, "adapter_config.json").exists():
             say(f"{s.output_dir} holds this run, finished: nothing to do (`--overwrite true` starts afresh)")
             return
         try:
