@@ -21,7 +21,16 @@ def test_files_that_the_readme_names_exist():
 
 
 def test_flags_and_settings_that_the_readme_names_exist():
-    of_others = {"config_file", "machine_rank", "main_process_ip", "signal"}
+    of_others = {
+        "config_file",
+        "machine_rank",
+        "main_process_ip",
+        "signal",
+        "device",
+        "pairs",
+        "tokenizer",
+        "per_device",
+    }
     flags = {name for name in re.findall(r"--(\w+)", README) if name not in of_others}
     assert {"config", "beta", "dry_run"} <= flags
     assert not flags - NAMES
