@@ -444,9 +444,9 @@ def read_messages(value: str | dict | list[dict], where: str) -> list[dict]:
             turn = {{"from": "role", "value": "content"}.get(key, key): item for key, item in turn.items()}
         role, content = turn.get("role"), turn.get("content", "" if turn.get("tool_calls") else None)
         if str(role).lower() not in ROLES:
-            raise UserError(f"{where}: unknown role {role!r}; known are {', '.join(ROLES)}.")
+            raise ValueError(f"{where}: unknown role {role!r}; known are {', '.join(ROLES)}.")
         if not isinstance(content, str):
-            raise UserError(f"{where}: the content of a message is {type(content).__name__}, not text.")
+            raise ValueError(f"{where}: the content of a message is {type(content).__name__}, not text.")
         messages.append({**turn, "role": ROLES[role.lower()], "content": content})
     return messages
 
@@ -464,7 +464,7 @@ def canonical_pair(row: dict, layout: str, chat_strings: bool, where: str) -> tu
         if kind != "nothing":
             side = row.get(column)
             if not kind_of(side).endswith(kind.split()[-1]):
-                raise UserError(f"{where}: {column} holds {kind_of(side)}, not {kind}.")
+                raise ValueError(f"{where}: {column} holds {kind_of(side)}, not {kind}.")
             side = side if kind == "text" else read_messages(side, where)
             if chat_strings and layout == "standard":
                 side = [{"role": "user" if column == "prompt" else "assistant", "content": side}]
@@ -515,7 +515,7 @@ def render_pair(pair: tuple, row: dict, tokenizer, where: str) -> tuple[list[str
             alone = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)
             whole = [tokenizer.apply_chat_template(prompt + answer, **options) for answer in answers]
         except Exception as error:  # jinja's own errors, and whatever a template raises to refuse a conversation
-            raise UserError(f"{where}: the chat template refuses this pair: {error}") from error
+            raise ValueError(f"{where}: the chat template refuses this pair: {error}") from error
         if all(text.startswith(alone) for text in whole):
             return [alone, *whole], ", ".join(f"{key}={value}" for key, value in choice.items()) or "defaults"
     if max(map(len, answers)) > 1:
@@ -523,7 +523,7 @@ def render_pair(pair: tuple, row: dict, tokenizer, where: str) -> tuple[list[str
     other = next(text for text in whole if not text.startswith(alone))
     parted = next((i for i, (a, b) in enumerate(zip(alone, other)) if a != b), len(other))
     alone, other = (repr(text[max(0, parted - 80) : parted + 80]) for text in (alone, other))
-    raise UserError(
+    raise ValueError(
         f"{where}: the chat template renders the prompt differently alone, as the model in use sees it, than with its "
         f"answer; they part after {parted} characters:\n  alone        {alone}\n  with answer  {other}\n"
         "Save a chat_template.jinja that renders both alike beside the tokenizer."
@@ -630,10 +630,8 @@ def prepare_split(dataset, split: str, settings, tokenizer) -> tuple:
             desc=f"Tokenizing {split}",
             new_fingerprint=blake2b(repr(key).encode(), digest_size=16).hexdigest(),
         )
-    except Exception as error:
-        if type(error).__name__ == "UserError":  # of a worker process, it is another class of that name
-            raise UserError(str(error)) from None
-        raise
+    except ValueError as error:  # a class of our own would not come back from a worker process
+        raise UserError(str(error)) from None
     ignored = ", ".join(sorted({*dataset.features}.difference(read)))
     report = {"layout": layout, "ignored columns": ignored or "none", **count_split(table, settings.max_length)}
     if report["kept"] * 2 < report["read"]:
