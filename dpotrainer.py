@@ -23,6 +23,7 @@ import difflib
 import errno
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import inspect
 import itertools
@@ -39,49 +40,31 @@ import warnings
 from collections import Counter, defaultdict
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, fields
-from hashlib import blake2b
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import datasets
 import numpy as np
-import pandas as pd
+import peft
+import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
+import transformers
+import trl
 import yaml
-from datasets import concatenate_datasets
 from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HOME
 from matplotlib.figure import Figure
-from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    TrainerCallback,
-    set_seed,
-)
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import IntervalStrategy, rotate_checkpoints, sort_checkpoints
+from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from transformers.utils.peft_utils import find_adapter_config_file
-from trl import (
-    DPOConfig,
-    DPOTrainer,
-    ModelConfig,
-    ScriptArguments,
-    TrlParser,
-    get_peft_config,
-    get_quantization_config,
-)
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import use_adapter
+from trl.trainer.utils import global_then_local_main_first, use_adapter
 
 # fmt: off
 # ----------------------------------------------------------------------------------------------- constants: edit these
@@ -114,15 +97,8 @@ LOGGING_STEPS = 10  # optimizer steps between log lines
 SEED = 42  # of adapter, order and held-out pairs
 # -------------------------------------------------------------------------------------------------------- end of edits
 
-CONSTANTS = {  # constant: its name in YAML files and flags, which is TRL's
-    "MODEL_NAME": "model_name_or_path", "DATASET_NAME": "dataset_name", "OUTPUT_DIR": "output_dir", "BETA": "beta",
-    "LOSS_TYPE": "loss_type", "MAX_LENGTH": "max_length", "LEARNING_RATE": "learning_rate", "LORA_R": "lora_r",
-    "LR_SCHEDULER_TYPE": "lr_scheduler_type", "WARMUP_STEPS": "warmup_steps", "NUM_TRAIN_EPOCHS": "num_train_epochs",
-    "GLOBAL_BATCH_SIZE": "global_batch_size", "PER_DEVICE_BATCH_SIZE": "per_device_train_batch_size",
-    "LORA_ALPHA": "lora_alpha", "LORA_DROPOUT": "lora_dropout", "DTYPE": "dtype", "BF16": "bf16", "SEED": "seed",
-    "GRADIENT_CHECKPOINTING": "gradient_checkpointing", "EVAL_PAIRS": "eval_pairs", "EVAL_STEPS": "eval_steps",
-    "SAVE_STEPS": "save_steps", "LOGGING_STEPS": "logging_steps",
-}
+# A constant is the setting of the same name in lower case, but for these.
+RENAMED = {"MODEL_NAME": "model_name_or_path", "PER_DEVICE_BATCH_SIZE": "per_device_train_batch_size"}
 OUR_DEFAULTS = {  # where a good run differs from TRL's defaults
     "use_peft": True, "lora_target_modules": "all-linear", "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True,
     "eval_strategy": "steps", "save_total_limit": 2, "logging_first_step": True,
@@ -145,9 +121,8 @@ class Settings:
     global_batch_size: int = field(metadata={"help": "pairs per optimizer step over all processes"})
     eval_pairs: int = field(metadata={"help": "pairs held out when the data set has no test split"})
     share_prefixes: bool = setting(True, "compute each pair's common prefix once, and no padding")
-    reference: Literal["auto", "copy", "adapter"] = setting(
-        "auto", "auto: adapter off, or the SFT adapter if that is the start; copy: a second, frozen model; adapter: a "
-                "frozen copy of the starting adapter")
+    reference: Literal["auto", "copy", "adapter"] = setting("auto", "auto: adapter off, or the SFT adapter if that is "
+        "the start; copy: a second, frozen model; adapter: a frozen copy of the starting adapter")
     ref_model_name_or_path: str | None = setting(None, "frozen model of `reference: copy`; the start when empty")
     fresh_adapter: bool = setting(False, "merge the starting adapter and train a new one on top")
     chat_strings: bool = setting(False, "wrap plain strings in the chat template")
@@ -163,36 +138,22 @@ OBJECTIVES = {  # loss_type: what it does to the margin or the rewards, and wher
     "robust": "logistic loss unbiased by flipped labels (arXiv 2403.00409)",
     "exo_pair": "reverse KL, EXO (arXiv 2402.00856)", "nca_pair": "noise contrast, NCA (arXiv 2402.05369)",
     "bco_pair": "binary classifier, BCO (arXiv 2404.04656)", "aot": "sorted margins, AOT (arXiv 2406.05882)",
-    "sppo_hard": "squared distance to win or loss, SPPO (arXiv 2405.00675)",
+    "sppo_hard": "squared distance to win or loss, SPPO (arXiv 2405.00675)", "sft": "cross-entropy of chosen",
     "aot_unpaired": "sorted rewards, AOT (arXiv 2406.05882)", "apo_down": "both down, APO (arXiv 2408.06266)",
-    "apo_zero": "chosen up, rejected down, APO (arXiv 2408.06266)", "sft": "cross-entropy of the chosen answer",
-    "discopop": "logistic and exponential, DiscoPOP (arXiv 2406.08414)",
+    "apo_zero": "chosen up, rejected down, APO (arXiv 2408.06266)", "discopop": "DiscoPOP (arXiv 2406.08414)",
     "sigmoid_norm": "logistic loss per token (arXiv 2405.14734)",
 }
 RANGES = {  # setting: lowest, highest, usual
-    "beta": (1e-6, 100, "0.05 to 0.5"), "learning_rate": (1e-12, 1e6, "5e-6"), "warmup_steps": (0, 1e9, "0.1"),
-    "label_smoothing": (0, 0.4999, "the share of wrong labels, 0.1,"), "num_train_epochs": (1e-6, 1e6, "1"),
-    "lora_r": (1, 1e5, "16 to 64"), "lora_alpha": (1, 1e6, "lora_r"), "lora_dropout": (0, 0.999, "0"),
-    "max_length": (2, 1e9, "1024 to 4096"), "global_batch_size": (1, 1e9, "64"),
-    "per_device_train_batch_size": (1, 1e6, "4"), "per_device_eval_batch_size": (1, 1e6, "4"),
-    "gradient_accumulation_steps": (1, 1e6, "what global_batch_size makes it"),
-    "eval_pairs": (0, 1e9, "500"), "sample_prompts": (0, 1e6, "8"), "logging_steps": (1e-6, 1e9, "10"),
-    "eval_steps": (1e-6, 1e9, "100"), "save_steps": (1e-6, 1e9, "100"), "max_grad_norm": (0, 1e9, "1"),
-    "seed": (0, 2**32 - 1, "42"), "max_steps": (-1, 1e12, "-1"),
-}
-REFUSED = {  # settings that would break a promise of this program: why, and what to do
-    "trust_remote_code": "would run code of the model's author; use a model that transformers knows",
-    "hub_token": "would be written to a file; use `hf auth login`, or the environment's HF_TOKEN",
-    "dataset_streaming": "cannot be checked and split beforehand; leave it out",
-    "auto_find_batch_size": "would change the global batch; a smaller per_device_train_batch_size does not",
-    "resume_from_checkpoint": "is decided by what output_dir holds; the same command continues by itself",
-    "padding_free": "is ignored by TRL; `share_prefixes: true` pads nothing",
-    "save_only_model": "would leave nothing to resume from; leave it out",
-    "use_liger_kernel": "is deprecated in TRL; leave it out",
-    "sync_ref_model": "cannot work with an adapter; leave it out",
+    "beta": (1e-6, 100, 0.1), "learning_rate": (1e-12, 1e6, 5e-6), "warmup_steps": (0, 1e9, 0.1), "seed": (0, 2e9, 42),
+    "label_smoothing": (0, 0.4999, 0.1), "num_train_epochs": (1e-6, 1e6, 1), "max_steps": (-1, 1e12, -1),
+    "lora_r": (1, 1e5, 32), "lora_alpha": (1, 1e6, 32), "lora_dropout": (0, 0.999, 0), "max_length": (2, 1e9, 2048),
+    "global_batch_size": (1, 1e9, 64), "per_device_train_batch_size": (1, 1e6, 4), "eval_pairs": (0, 1e9, 500),
+    "per_device_eval_batch_size": (1, 1e6, 4), "gradient_accumulation_steps": (1, 1e6, 1),
+    "max_grad_norm": (0, 1e9, 1), "sample_prompts": (0, 1e6, 8), "logging_steps": (1e-6, 1e9, 10),
+    "eval_steps": (1e-6, 1e9, 100), "save_steps": (1e-6, 1e9, 100),
 }
 SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}  # the losses that read label_smoothing
-CONFLICTS = (  # setting, when it is wrong, why and what to do
+CONFLICTS = (  # setting, when it is wrong, why, and what to do
     ("loss_type", lambda s: set(s.loss_type) - set(OBJECTIVES), f"is unknown; one of {', '.join(OBJECTIVES)}"),
     ("loss_weights", lambda s: s.loss_weights and
      (len(s.loss_weights) != len(s.loss_type) or not np.isfinite(s.loss_weights).all()),
@@ -214,6 +175,17 @@ CONFLICTS = (  # setting, when it is wrong, why and what to do
     ("train_sampling_strategy", lambda s: s.train_sampling_strategy == "batch_rebalance",
      "makes batches of unequal size, which weigh pairs unequally; random"),
 )
+REFUSED = {  # settings that would break a promise of this program: why, and what to do
+    "trust_remote_code": "would run code of the model's author; use a model that transformers knows",
+    "hub_token": "would be written to a file; use `hf auth login`, or the environment's HF_TOKEN",
+    "dataset_streaming": "cannot be checked and split beforehand; leave it out",
+    "auto_find_batch_size": "would change the global batch; a smaller per_device_train_batch_size does not",
+    "resume_from_checkpoint": "is decided by what output_dir holds; the same command continues by itself",
+    "padding_free": "is ignored by TRL; `share_prefixes: true` pads nothing",
+    "save_only_model": "would leave nothing to resume from; leave it out",
+    "use_liger_kernel": "is deprecated in TRL; leave it out",
+    "sync_ref_model": "cannot work with an adapter; leave it out",
+}
 # fmt: on
 
 
@@ -238,84 +210,63 @@ def say(*lines: Any) -> None:
         print(*lines, sep="\n", flush=True)
 
 
-def parse_layer(parser, layer: str, groups: list[list[str]], problems: list[str]) -> dict[str, Any]:
-    """{setting: value} of one layer; each is parsed on its own, so that every wrong one is found."""
+def parse_layer(parser, layer: str, settings: dict | list[list[str]], problems: list[str]) -> dict[str, Any]:
+    """{setting: value} of a YAML mapping or of command-line words, each parsed alone, so that all wrong ones show."""
     names, values = {action.dest for action in parser._actions}, {}
-    for group in groups:
-        name = group[0].removeprefix("--").split("=")[0].replace("-", "_")
-        if group == [f"--{name}=None"] and name in names:  # an empty value in YAML, None in a constant
-            values[name] = None
-            continue
+    if isinstance(settings, dict):  # as the words that say the same, so that every layer passes the same checks
+        texts = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in settings.items()}
+        settings = [[f"--{k}", *map(str, v)] if isinstance(v, list) else [f"--{k}={v}"] for k, v in texts.items()]
+    for words in settings:
+        name = words[0].removeprefix("--").split("=")[0].replace("-", "_")
         try:
-            parsed, unknown = parser.parse_known_args(group, argparse.Namespace(**dict.fromkeys(names)))
-            values |= {name: value for name, value in vars(parsed).items() if value is not None}
+            empty = words == [f"--{name}=None"] and name in names  # an empty value in YAML, None in a constant
+            parsed, unknown = parser.parse_known_args(
+                [] if empty else words, argparse.Namespace(**dict.fromkeys(names))
+            )
+            values |= {name: None} if empty else {k: v for k, v in vars(parsed).items() if v is not None}
         except (argparse.ArgumentError, ValueError) as error:
             problems.append(f"{layer}: {error}")
             continue
         if unknown:
             match = difflib.get_close_matches(name.lower(), sorted(names), n=1, cutoff=0.5)
-            fix = f"did you mean {match[0]}?" if match else "`--help` lists all"
-            problems.append(f"{layer}: {unknown[0]!r} is not a setting; {fix}")
+            problems.append(f"{layer}: {unknown[0]!r} is not a setting; " +
+                            (f"did you mean {match[0]}?" if match else "`--help` lists all"))  # fmt: skip
     return values
-
-
-def as_flags(mapping: dict[str, Any]) -> list[list[str]]:
-    """Settings as the command-line words that say the same, so that every layer passes the same checks."""
-
-    def words(name, value):
-        if isinstance(value, list):
-            return [f"--{name}", *map(str, value)]
-        return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]
-
-    return [words(name, value) for name, value in mapping.items()]
-
-
-def read_constants() -> dict[str, Any]:
-    """The constants above by their setting's name; one that CONSTANTS does not know keeps its own and is refused."""
-    source = Path(__file__).read_text(encoding="utf-8").split("\nCONSTANTS = ")[0]
-    names = re.findall(r"^([A-Z]\w*) *[:=]", source, flags=re.M)
-    return {CONSTANTS.get(name, name): vars(sys.modules[__name__])[name] for name in names}
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path}: {' '.join(str(error).split())}; give a readable YAML file") from None
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path}: holds no settings; write lines such as `beta: 0.1`")
-    return content
 
 
 def parse_settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Constants, then the YAML file, then flags, as one flat namespace, and all problems found on the way.
 
-    The namespace holds every field of Settings, ScriptArguments, ModelConfig and DPOConfig, and `given`: the names
-    that the YAML file or the command line set.
+    It holds every field of Settings, ScriptArguments, ModelConfig and DPOConfig; `given` names what file or flag set.
     """
-    parser = TrlParser((Settings, ScriptArguments, ModelConfig, DPOConfig), allow_abbrev=False, exit_on_error=False)
-    parser.description = "Direct Preference Optimization with LoRA. Constants < --config FILE.yaml < flags."
+    kinds = (Settings, trl.ScriptArguments, trl.ModelConfig, trl.DPOConfig)
+    parser = trl.TrlParser(kinds, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", help="YAML file of settings, by the names below")
-    parser.set_defaults_with_config(**OUR_DEFAULTS, **read_constants())
+    source = Path(__file__).read_text(encoding="utf-8").split("\nRENAMED = ")[0]
+    constants = re.findall(r"^([A-Z]\w*) *[:=]", source, flags=re.M)  # a misspelt one is found like any other setting
+    known = {action.dest for action in parser._actions}
+    names = {name: RENAMED.get(name, name.lower() if name.lower() in known else name) for name in constants}
+    constants = {setting: vars(sys.modules[__name__])[name] for name, setting in names.items()}
+    parser.set_defaults_with_config(**OUR_DEFAULTS, **constants)
     if {"-h", "--help"} & set(argv):
         parser.parse_args(["--help"])
-    groups: list[list[str]] = []
-    for word in argv:  # ["--beta", "0.1", "--bf16"] -> [["--beta", "0.1"], ["--bf16"]]
-        groups.append([word]) if word.startswith("--") or not groups else groups[-1].append(word)
     problems: list[str] = []
-    constants = parse_layer(parser, "constants", as_flags(read_constants()), problems)
-    flags = parse_layer(parser, "command line", groups, problems)
-    config = flags.pop("config", None)
-    from_file = parse_layer(parser, config, as_flags(read_yaml(config)), problems) if config else {}
-    names = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
-    values = {name: parser.get_default(name) for name in names} | constants | from_file | flags
-    for name, value in values.items():  # dictionaries travel as JSON
+    constants = parse_layer(parser, "constants", constants, problems)
+    words = re.split("\0(?=--)", "\0".join(argv)) if argv else []  # --beta 0.1 --bf16: [["--beta", "0.1"], ["--bf16"]]
+    flags = parse_layer(parser, "command line", [group.split("\0") for group in words], problems)
+    config, from_file = flags.pop("config", None), {}
+    if config:
         try:
-            values[name] = json.loads(value) if isinstance(value, str) and value.startswith("{") else value
-        except ValueError:
-            problems.append(f'{name}={value}: is no JSON; write {{"name": value}}')
+            from_file = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"--config {config}: {' '.join(str(error).split())}; give a readable YAML file") from None
+        if not isinstance(from_file, dict):
+            raise UserError(f"--config {config}: holds no settings; write lines such as `beta: 0.1`")
+        from_file = parse_layer(parser, config, from_file, problems)
+    values = {name: parser.get_default(name) for name in known} | constants | from_file | flags
     if isinstance(values["lora_target_modules"], list) and len(values["lora_target_modules"]) == 1:
         values["lora_target_modules"] = values["lora_target_modules"][0]  # "all-linear", or a pattern
+    del values["help"], values["config"]
     return argparse.Namespace(**values, given=set(from_file) | set(flags)), problems
 
 
@@ -333,23 +284,21 @@ def check_batch(s: argparse.Namespace) -> list[str]:
         passes = f"{per_pass // world} per device x {world} processes"
         return [f"global_batch_size={s.global_batch_size}: is no multiple of {passes}; {fix}"]
     s.gradient_accumulation_steps = s.global_batch_size // per_pass
-    if "gradient_accumulation_steps" in s.given and given != s.gradient_accumulation_steps:
-        derived = s.gradient_accumulation_steps
-        return [f"gradient_accumulation_steps={given}: is {derived} by global_batch_size; leave one of them out"]
-    return []
+    if "gradient_accumulation_steps" not in s.given or given == s.gradient_accumulation_steps:
+        return []
+    text = f"is {s.gradient_accumulation_steps} by global_batch_size; leave one of them out"
+    return [f"gradient_accumulation_steps={given}: {text}"]
 
 
 def check_settings(s: argparse.Namespace) -> list[str]:
     """Everything that is wrong with the settings, each with its fix, before anything is downloaded or written."""
-    problems = []
     if not s.loss_type:
         return [f"loss_type={s.loss_type}: is empty; sigmoid is DPO"]
-    for name, (low, high, usual) in RANGES.items():
-        value = getattr(s, name)
-        nullable = value is None and name in ("max_length", "eval_steps")
-        free = (s.max_steps or 0) > 0 if name == "num_train_epochs" else nullable
-        if not free and not (isinstance(value, int | float) and low <= value <= high):
-            problems.append(f"{name}={value}: must lie between {low:g} and {high:g}; {usual} is usual")
+    unused = {"num_train_epochs"} if (s.max_steps or 0) > 0 else set()
+    unused |= {name for name in ("max_length", "eval_steps") if getattr(s, name) is None}
+    problems = [f"{name}={getattr(s, name)}: must lie between {low:g} and {high:g}; {usual:g} is usual"
+                for name, (low, high, usual) in RANGES.items() if name not in unused
+                and not (isinstance(getattr(s, name), int | float) and low <= getattr(s, name) <= high)]  # fmt: skip
     problems += [f"{name}={getattr(s, name)}: {text}" for name, wrong, text in CONFLICTS if wrong(s)]
     problems += [f"{name} {text}" for name, text in REFUSED.items() if getattr(s, name)]
     problems += check_batch(s) if not problems else []
@@ -369,22 +318,26 @@ def check_settings(s: argparse.Namespace) -> list[str]:
 
 def check_machine(s: argparse.Namespace) -> list[str]:
     """What this machine lacks: GPU, bf16, one process per GPU, optional packages."""
-    problems, cuda = [], torch.cuda.is_available()
-    if not s.use_cpu and not cuda:
-        problems.append("no CUDA GPU: PyTorch sees none, and the run needs one; `python dpotrainer.py --config "
-                        "configs/quickstart.yaml` runs anywhere, `--use_cpu true` serves tiny models")  # fmt: skip
-    if not s.use_cpu and cuda and s.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-        name = torch.cuda.get_device_name()
-        problems.append(f"bf16=True: {name} has none; `--bf16 false --fp16 true --dtype float16`")
-    if not s.use_cpu and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
-        problems.append(f"{torch.cuda.device_count()} GPUs but one process: `accelerate launch --config_file "
-                        "configs/accelerate/ddp.yaml dpotrainer.py` uses all, CUDA_VISIBLE_DEVICES=0 one")  # fmt: skip
-    unknown = set(np.atleast_1d(s.report_to)) - {"none", "all", *INTEGRATION_TO_CALLBACK}
-    problems += [f"report_to={name}: is unknown; tensorboard, wandb, trackio or none" for name in unknown]
-    needed = [name for name in np.atleast_1d(s.report_to) if name in ("tensorboard", "wandb", "trackio")]
-    needed += ["bitsandbytes"] if s.load_in_4bit or s.load_in_8bit or "8bit" in str(s.optim) else []
-    missing = [name for name in needed if not importlib.util.find_spec(name)]
-    return problems + [f"{name}: the settings need it, it is not installed; `pip install {name}`" for name in missing]
+    gpus, cuda = torch.cuda.device_count(), torch.cuda.is_available() and not s.use_cpu
+    reports = set(np.atleast_1d(s.report_to).tolist())
+    needed = reports & {"tensorboard", "wandb", "trackio"}
+    needed |= {"bitsandbytes"} if s.load_in_4bit or s.load_in_8bit or "8bit" in str(s.optim) else set()
+    card = torch.cuda.get_device_name() if cuda else None
+    # fmt: off
+    lacks = {
+        "no CUDA GPU: PyTorch sees none, a run needs one; `python dpotrainer.py --config configs/quickstart.yaml`"
+        " runs anywhere, `--use_cpu true` serves tiny models": not (cuda or s.use_cpu),
+        f"bf16=True: {card} has none; `--bf16 false --fp16 true --dtype float16`":
+            cuda and s.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False),
+        f"{gpus} GPUs but one process: `accelerate launch --config_file configs/accelerate/ddp.yaml dpotrainer.py` "
+        "uses all, CUDA_VISIBLE_DEVICES=0 one": cuda and gpus > 1 and "WORLD_SIZE" not in os.environ,
+    }
+    lacks |= {f"report_to={name}: is unknown; tensorboard, wandb, trackio or none":
+              name not in {"none", "all", *INTEGRATION_TO_CALLBACK} for name in sorted(reports)}
+    lacks |= {f"{name}: the settings need it, it is not installed; `pip install {name}`":
+              not importlib.util.find_spec(name) for name in sorted(needed)}
+    # fmt: on
+    return [text for text, applies in lacks.items() if applies]
 
 
 # ------------------------------------------------------------------------------------------------------ preferences
@@ -545,7 +498,9 @@ def measure_pair(prompt: list[int], chosen: list[int], rejected: list[int], max_
         ("equal after truncation", shared == len(a) == len(b)),
     ]
     dropped = next((reason for reason, holds in rules if holds), "")
-    bits = blake2b(np.concatenate([[len(prompt), len(a)], a, b]).astype("<i4").tobytes(), digest_size=8).digest()
+    bits = hashlib.blake2b(
+        np.concatenate([[len(prompt), len(a)], a, b]).astype("<i4").tobytes(), digest_size=8
+    ).digest()
     needed = len(a) + len(b) - min(shared, short - 1)
     return prompt, chosen, rejected, int.from_bytes(bits, "little", signed=True), needed, dropped
 
@@ -598,8 +553,6 @@ def prepare_batch(batch: dict, numbers: list[int], tokenizer, layout: str, optio
 
 def prepare_split(dataset, split: str, settings, tokenizer) -> tuple:
     """One split, tokenized and without its bad pairs, and the report on it."""
-    from datasets import Features, List, Value
-
     source = f"{settings.dataset_name} ({split})"
     if not len(dataset):
         raise UserError(f"{source} has no rows.")
@@ -616,7 +569,9 @@ def prepare_split(dataset, split: str, settings, tokenizer) -> tuple:
     words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab())
     key = [dataset._fingerprint, read, options, words, tokenizer.special_tokens_map, tokenizer.chat_template]
     key += [LAYOUTS, SCORES, ROLES, *map(inspect.getsource, [*code, measure_pair, prepare_batch])]
-    types = [List(Value("int32"))] * 3 + [Value("int64")] * 2 + [Value("string")] * 2
+    types = (
+        [datasets.List(datasets.Value("int32"))] * 3 + [datasets.Value("int64")] * 2 + [datasets.Value("string")] * 2
+    )
     try:
         table = dataset.select_columns(read).map(
             prepare_batch,
@@ -625,10 +580,10 @@ def prepare_split(dataset, split: str, settings, tokenizer) -> tuple:
             batch_size=256,
             remove_columns=read,
             fn_kwargs={"tokenizer": tokenizer, "layout": layout, "options": options, "source": source},
-            features=Features(zip(PREPARED, types)),
+            features=datasets.Features(zip(PREPARED, types)),
             num_proc=settings.dataset_num_proc,
             desc=f"Tokenizing {split}",
-            new_fingerprint=blake2b(repr(key).encode(), digest_size=16).hexdigest(),
+            new_fingerprint=hashlib.blake2b(repr(key).encode(), digest_size=16).hexdigest(),
         )
     except ValueError as error:  # a class of our own would not come back from a worker process
         raise UserError(str(error)) from None
@@ -642,8 +597,6 @@ def prepare_split(dataset, split: str, settings, tokenizer) -> tuple:
 
 def column_values(dataset, name: str) -> np.ndarray:
     """A column as an array of (N,); of a column of token ids, how many. No python loop, and no ids are read."""
-    import pyarrow.compute as pc
-
     column = dataset.data.column(name)
     values = (pc.list_value_length(column) if name.endswith("_ids") else column).to_numpy()
     return values if dataset._indices is None else values[dataset._indices.column(0).to_numpy()]
@@ -703,8 +656,6 @@ def find_bad_row(path: Path) -> str:
 
 def read_splits(settings) -> dict:
     """{split name: data set}: the one to train on and, where there is one, the one held out."""
-    from datasets import load_dataset
-
     name, path = settings.dataset_name, Path(settings.dataset_name).expanduser()
     builder, known = BUILDERS.get(path.suffix), ", ".join(BUILDERS)
     if (path.is_file() and not builder) or (not path.exists() and (builder or name[:1] in "./~")):
@@ -714,7 +665,7 @@ def read_splits(settings) -> dict:
         source = {"path": builder, "data_files": str(path)}
         source |= {"keep_default_na": False} if builder == "csv" else {}  # an answer "None" is text
     try:
-        found = load_dataset(**source)
+        found = datasets.load_dataset(**source)
     except Exception as error:  # the network's, the hub's, arrow's, pandas'
         reason = (find_bad_row(path) if path.exists() else "") or f"{type(error).__name__}: {error}"
         raise UserError(
@@ -737,8 +688,6 @@ def load_preferences(settings, tokenizer) -> tuple:
 
     Columns: prompt_ids, chosen_ids, rejected_ids (untruncated; a row is prompt + answer), pair_hash, needed_tokens.
     """
-    from trl.trainer.utils import global_then_local_main_first
-
     with global_then_local_main_first():  # the other processes find the main one's work in the cache
         splits = {name: prepare_split(data, name, settings, tokenizer) for name, data in read_splits(settings).items()}
     train, *test = (pairs for pairs, _ in splits.values())
@@ -802,10 +751,12 @@ def load_start(s: argparse.Namespace) -> argparse.Namespace:
             "adapter": f"a frozen copy of the starting adapter ({name})"}  # fmt: skip
     source = base if path and Path(name).exists() and not Path(name, "tokenizer_config.json").exists() else name
     at = {"revision": s.model_revision} if source == s.model_name_or_path else {}
-    tokenizer = fetch("model_name_or_path", AutoTokenizer.from_pretrained, source, trust_remote_code=False, **at)
+    tokenizer = fetch(
+        "model_name_or_path", transformers.AutoTokenizer.from_pretrained, source, trust_remote_code=False, **at
+    )
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     at = at if base == source else {}
-    config = fetch("model_name_or_path", AutoConfig.from_pretrained, base, trust_remote_code=False, **at)
+    config = fetch("model_name_or_path", transformers.AutoConfig.from_pretrained, base, trust_remote_code=False, **at)
     return argparse.Namespace(base=base, adapter=name if path else None, continues=continues, tokenizer=tokenizer,
                               config=config, reference=kind, told=told[kind])  # fmt: skip
 
@@ -815,20 +766,22 @@ def load_model(s, args, base: str, adapter: str | None, trainable: bool) -> tupl
     places = {"device_map": {"": args.device}} if args.device.type == "cuda" and not is_sharded() else {}
     if base == s.model_name_or_path:
         places["revision"] = s.model_revision
-    model = fetch("model_name_or_path", AutoModelForCausalLM.from_pretrained, base, **places, dtype=s.dtype,
-                  attn_implementation=s.attn_implementation, quantization_config=get_quantization_config(s),
+    model = fetch("model_name_or_path", transformers.AutoModelForCausalLM.from_pretrained, base, **places,
+                  dtype=s.dtype, attn_implementation=s.attn_implementation, quantization_config=trl.get_quantization_config(s),
                   use_safetensors=True, trust_remote_code=False)  # fmt: skip
     reason = why_not_shared(model, s)
     if reason is None:
         share_prefixes(model)
     if adapter:
-        model = fetch("adapter", lambda name: PeftModel.from_pretrained(model, name, is_trainable=trainable), adapter)
+        model = fetch(
+            "adapter", lambda name: peft.PeftModel.from_pretrained(model, name, is_trainable=trainable), adapter
+        )
     return (model.merge_and_unload() if adapter and not trainable else model), reason
 
 
 def build_trainer(s, args, start, train, held_out) -> "PreferenceTrainer":
-    """Policy, reference and pairs in a DPOTrainer; without `ref_model` it switches the adapter off, or copies it."""
-    set_seed(s.seed)
+    """Policy, reference and pairs in a trainer; without `ref_model` it switches the adapter off, or copies it."""
+    transformers.set_seed(s.seed)
     policy, reason = load_model(s, args, start.base, start.adapter, trainable=start.continues)
     if s.fresh_adapter:  # the new adapter is one of the merged model, so that model has to be there
         folder = Path(s.output_dir, "base")
@@ -846,7 +799,7 @@ def build_trainer(s, args, start, train, held_out) -> "PreferenceTrainer":
     trainer = PreferenceTrainer(
         model=policy, ref_model=reference, args=args, train_dataset=train, eval_dataset=held_out,
         data_collator=collator, processing_class=start.tokenizer, compute_metrics=pair_metrics,
-        peft_config=None if start.continues else get_peft_config(s),
+        peft_config=None if start.continues else trl.get_peft_config(s),
     )  # fmt: skip
     if args.bf16 and args.device.type == "cuda":
         for module in trainer.model.modules():  # PEFT casts inputs up and autocast down again: lossless, and not free
@@ -855,7 +808,7 @@ def build_trainer(s, args, start, train, held_out) -> "PreferenceTrainer":
     return trainer
 
 
-class PreferenceTrainer(DPOTrainer):
+class PreferenceTrainer(trl.DPOTrainer):
     """trl.DPOTrainer on tokenised pairs, with an exact evaluation, and checkpoints that are whole or do not count."""
 
     def _prepare_dataset(self, dataset, *_):
@@ -968,9 +921,9 @@ def reference_key(s: argparse.Namespace, start: argparse.Namespace) -> str:
     what = [s.model_revision, s.ld_alpha, *kinds]
     for name in filter(None, names):
         files = [p.stat() for p in sorted(Path(name).glob("*.safetensors"))]
-        commit = [] if files else getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)
+        commit = [] if files else getattr(transformers.AutoConfig.from_pretrained(name), "_commit_hash", None)
         what += [name, commit or [(file.st_size, file.st_mtime_ns) for file in files]]
-    return blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
 
 
 def cache_reference(trainer: PreferenceTrainer, s: argparse.Namespace, start: argparse.Namespace) -> None:
@@ -987,7 +940,7 @@ def cache_reference(trainer: PreferenceTrainer, s: argparse.Namespace, start: ar
             say(f"{path} is damaged ({error}): renamed to {set_aside(path, f'damaged-{path.name}')}")
     trainer.accelerator.wait_for_everyone()
     names = [name for name in ("train_dataset", "eval_dataset") if getattr(trainer, name) is not None]
-    pairs = concatenate_datasets([getattr(trainer, name) for name in names])
+    pairs = datasets.concatenate_datasets([getattr(trainer, name) for name in names])
     with closing(sqlite3.connect(path, timeout=600)) as database:
         database.execute("CREATE TABLE IF NOT EXISTS logps (pair INTEGER PRIMARY KEY, chosen REAL, rejected REAL)")
         known = {row[0] for row in database.execute("SELECT pair FROM logps")}
@@ -1166,8 +1119,8 @@ def close_packed_row(backbone, args, kwargs, output):
 
 def share_prefixes(model):
     """Let a causal language model, not yet wrapped by PEFT, run batches that carry a plan as one packed row."""
-    AttentionInterface.register("shared_prefixes", shared_prefix_attention)
-    AttentionMaskInterface.register("shared_prefixes", sdpa_mask)
+    transformers.AttentionInterface.register("shared_prefixes", shared_prefix_attention)
+    transformers.AttentionMaskInterface.register("shared_prefixes", sdpa_mask)
     model.set_attn_implementation("shared_prefixes")
     model.base_model.register_forward_pre_hook(open_packed_row, with_kwargs=True)
     model.base_model.register_forward_hook(close_packed_row, with_kwargs=True)
@@ -1177,10 +1130,12 @@ def share_prefixes(model):
 def measure_model(s: argparse.Namespace, start: argparse.Namespace) -> argparse.Namespace:
     """Weights in all and trained, bytes of the frozen ones, why prefixes are not shared: from shapes alone."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(start.config, dtype=getattr(torch, s.dtype, torch.bfloat16))
+        model = transformers.AutoModelForCausalLM.from_config(
+            start.config, dtype=getattr(torch, s.dtype, torch.bfloat16)
+        )
         reason = why_not_shared(model, s)
-        lora = PeftConfig.from_pretrained(start.adapter) if start.continues else get_peft_config(s)
-        model = get_peft_model(model, lora)
+        lora = peft.PeftConfig.from_pretrained(start.adapter) if start.continues else trl.get_peft_config(s)
+        model = peft.get_peft_model(model, lora)
     sizes = argparse.Namespace(total=0, trained=0, frozen=0.0, reason=reason)
     for name, weight in model.named_parameters():
         packed = (s.load_in_4bit or s.load_in_8bit) and weight.ndim == 2 and not re.search("embed|lm_head", name)
@@ -1310,7 +1265,7 @@ def advise(history: list[dict], s: argparse.Namespace, length_ratio: float = 0.0
     return {kind: text.format(**n) for kind, (when, text) in ADVICE.items() if when(n)}
 
 
-class Report(TrainerCallback):
+class Report(transformers.TrainerCallback):
     """What a run shows: the bar, a row per log line, metrics.jsonl, rewards.png, advice."""
 
     def __init__(self, trainer: PreferenceTrainer, s: argparse.Namespace):
@@ -1377,6 +1332,8 @@ class Report(TrainerCallback):
 
 def draw_rewards(history: list[dict], s: argparse.Namespace, path: Path) -> None:
     """rewards.png: rewards with the margin between them, accuracies, loss; legible without colours."""
+    import pandas as pd
+
     train, held_out = (pd.DataFrame([row for row in history if key in row]) for key in ("loss", "eval_loss"))
     figure = Figure(figsize=(13, 4), layout="constrained")
     rewards, accuracies, losses = figure.subplots(1, 3)
@@ -1424,7 +1381,7 @@ def answer_prompts(trainer, model, prompts: list[list[int]], mode: str, seed: in
     rows = [[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     ids, mask = (torch.tensor(x, device=trainer.accelerator.device) for x in (rows, mask))
-    set_seed(seed)
+    transformers.set_seed(seed)
     with torch.no_grad(), trainer.accelerator.autocast():
         out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=SAMPLE_TOKENS, use_cache=True,
                              pad_token_id=tokenizer.pad_token_id, **MODES[mode])[:, width:].tolist()  # fmt: skip
@@ -1531,7 +1488,7 @@ def set_aside(path: Path, name: str) -> str:
 def settings_yaml(s: argparse.Namespace) -> str:
     skipped = ("given", "planned_steps", "hub_token", "overwrite", "dry_run", "gradient_accumulation_steps")
     packages = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
-    made = ", ".join(f"{name} {version(name)}" for name in packages)
+    made = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     values = {name: value for name, value in vars(s).items() if name not in skipped and value != []}
     head = f"# `python dpotrainer.py --config {s.output_dir}/settings.yaml` repeats this run; made with {made}\n"
     return head + yaml.safe_dump(values, allow_unicode=True)
@@ -1592,7 +1549,7 @@ def resume_point(trainer: PreferenceTrainer, folder: Path) -> str | None:
     return newest
 
 
-class Interruption(TrainerCallback):
+class Interruption(transformers.TrainerCallback):
     """SIGTERM and Ctrl-C: every process finishes the step, saves and stops; a second signal stops at once."""
 
     def __init__(self, trainer: PreferenceTrainer):
@@ -1655,7 +1612,7 @@ def finish(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) ->
 
 def train_policy(s: argparse.Namespace, trainer: PreferenceTrainer, start: argparse.Namespace) -> None:
     hashes = np.array(trainer.train_dataset["pair_hash"])
-    trainer.data_hash = blake2b(hashes.tobytes(), digest_size=8).hexdigest()
+    trainer.data_hash = hashlib.blake2b(hashes.tobytes(), digest_size=8).hexdigest()
     report, interruption = Report(trainer, s), Interruption(trainer)
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
@@ -1684,13 +1641,13 @@ def settle(build, *args, **kwargs):
 
 def prepare(s: argparse.Namespace) -> tuple:
     """Process group, tokenizer, pairs and plan: (arguments, start, train, held-out); the plan is printed."""
-    names = [f.name for f in fields(DPOConfig) if f.init and f.name != "precompute_ref_log_probs"]
+    names = [f.name for f in fields(trl.DPOConfig) if f.init and f.name != "precompute_ref_log_probs"]
     values = {name: getattr(s, name) for name in names}
     values["use_cpu"] |= s.dry_run and not torch.cuda.is_available()  # a plan can be made anywhere
-    args = settle(DPOConfig, **values)  # joins the process group
+    args = settle(trl.DPOConfig, **values)  # joins the process group
     start = load_start(s)
     train, held_out, counts = load_preferences(s, start.tokenizer)
-    args.eval_strategy = args.eval_strategy if held_out is not None else IntervalStrategy.NO
+    args.eval_strategy = args.eval_strategy if held_out is not None else "no"
     passes = math.ceil(len(train) / s.per_device_train_batch_size / args.world_size)
     epoch = math.ceil(passes / s.gradient_accumulation_steps)
     s.planned_steps = s.max_steps if s.max_steps > 0 else math.ceil(s.num_train_epochs * epoch)

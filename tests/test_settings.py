@@ -16,6 +16,12 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 import dpotrainer
 
+BLOCK = tiny.PROGRAM.read_text(encoding="utf-8").split("end of edits")[0]
+CONSTANTS = {
+    name: dpotrainer.RENAMED.get(name, name.lower())
+    for name in re.findall(r"^([A-Z]\w*) = ", BLOCK, flags=re.MULTILINE)
+}
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
@@ -104,11 +110,11 @@ def test_every_constant_reaches_its_setting(tmp_path):
         "GRADIENT_CHECKPOINTING": False,
         "LORA_DROPOUT": 0.25,
     }
-    changed |= {name: 7 for name in dpotrainer.CONSTANTS if name not in changed}
+    changed |= {name: 7 for name in CONSTANTS if name not in changed}
     lines = {name: f"{name} = {value!r}  # edited" for name, value in changed.items()}
     settings, problems = edit_constants(tmp_path, **lines).parse_settings([])
     assert problems == []
-    resolved = {name: getattr(settings, setting) for name, setting in dpotrainer.CONSTANTS.items()}
+    resolved = {name: getattr(settings, setting) for name, setting in CONSTANTS.items()}
     assert resolved == changed | {"LOSS_TYPE": ["ipo"]}
 
 
@@ -472,7 +478,7 @@ def test_help_is_quick_and_shows_the_constants_as_defaults():
     assert ended.returncode == 0 and "Traceback" not in ended.stderr
     entries = re.split(r"\n  --(?=[a-z])", ended.stdout)  # a flag and its text, which is broken anywhere
     entries = {re.match(r"\w+", entry)[0]: re.sub(r"\s", "", entry) for entry in entries[1:]}
-    for constant, name in dpotrainer.CONSTANTS.items():
+    for constant, name in CONSTANTS.items():
         assert f"(default:{getattr(dpotrainer, constant)})" in entries[name], name
 
 
@@ -499,7 +505,7 @@ def test_what_the_hub_answers_is_told_with_its_fix(error, fix, flags, capsys, mo
     def fail(*args, **kwargs):
         raise eval(error)
 
-    monkeypatch.setattr(dpotrainer.AutoConfig, "from_pretrained", fail)
+    monkeypatch.setattr(dpotrainer.transformers.AutoConfig, "from_pretrained", fail)
     assert dpotrainer.main(flags) == 2
     err = capsys.readouterr().err
     assert fix in err and "Traceback" not in err
