@@ -726,20 +726,21 @@ HUB_FIXES = {  # what the error of a hub or a file says: what to do
 }
 
 
-def fetch(setting: str, load, name: str, *args, **kwargs):
+def fetch(s: argparse.Namespace, load, name: str, **options):
     """load(name, ...), with every way in which a hub or a file can fail told in one line."""
     try:
-        return load(name, *args, **kwargs)
+        return load(name, revision=s.model_revision if name == s.model_name_or_path else "main", **options)
     except (OSError, ValueError, KeyError) as error:
         text = f"{type(error).__name__} {type(error.__cause__).__name__} {error}"
         fix = next(fix for pattern, fix in HUB_FIXES.items() if re.search(pattern, text, re.IGNORECASE))
+        setting = ("ref_" if name == s.ref_model_name_or_path else "") + "model_name_or_path"
         raise UserError(f"{setting}={name}: cannot be loaded: {str(error).strip().splitlines()[0]}; {fix}") from error
 
 
 def load_start(s: argparse.Namespace) -> argparse.Namespace:
     """What a run starts from: base, adapter (None unless the model is one), tokenizer, config, kind of reference."""
     name = os.path.expanduser(s.model_name_or_path)
-    path = fetch("model_name_or_path", find_adapter_config_file, name, revision=s.model_revision)
+    path = fetch(s, find_adapter_config_file, name)
     base = json.loads(Path(path).read_text(encoding="utf-8"))["base_model_name_or_path"] if path else name
     if not path and (s.reference == "adapter" or s.fresh_adapter):
         asked = f"reference={s.reference}, fresh_adapter={s.fresh_adapter}"
@@ -749,33 +750,26 @@ def load_start(s: argparse.Namespace) -> argparse.Namespace:
     told = {"auto": f"the policy with its adapter switched off{' (base and SFT adapter, merged)' if path else ''}",
             "copy": f"a second, frozen model ({s.ref_model_name_or_path or name})",
             "adapter": f"a frozen copy of the starting adapter ({name})"}  # fmt: skip
-    source = base if path and Path(name).exists() and not Path(name, "tokenizer_config.json").exists() else name
-    at = {"revision": s.model_revision} if source == s.model_name_or_path else {}
-    tokenizer = fetch(
-        "model_name_or_path", transformers.AutoTokenizer.from_pretrained, source, trust_remote_code=False, **at
-    )
+    bare = path and Path(name).exists() and not Path(name, "tokenizer_config.json").exists()
+    own = base if bare else name
+    tokenizer = fetch(s, transformers.AutoTokenizer.from_pretrained, own, trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    at = at if base == source else {}
-    config = fetch("model_name_or_path", transformers.AutoConfig.from_pretrained, base, trust_remote_code=False, **at)
+    config = fetch(s, transformers.AutoConfig.from_pretrained, base, trust_remote_code=False)
     return argparse.Namespace(base=base, adapter=name if path else None, continues=continues, tokenizer=tokenizer,
                               config=config, reference=kind, told=told[kind])  # fmt: skip
 
 
 def load_model(s, args, base: str, adapter: str | None, trainable: bool) -> tuple:
     """(causal LM on this process's one device, why it shares no prefixes or None), its adapter on top, or merged."""
-    places = {"device_map": {"": args.device}} if args.device.type == "cuda" and not is_sharded() else {}
-    if base == s.model_name_or_path:
-        places["revision"] = s.model_revision
-    model = fetch("model_name_or_path", transformers.AutoModelForCausalLM.from_pretrained, base, **places,
-                  dtype=s.dtype, attn_implementation=s.attn_implementation, quantization_config=trl.get_quantization_config(s),
-                  use_safetensors=True, trust_remote_code=False)  # fmt: skip
+    options = {"dtype": s.dtype, "attn_implementation": s.attn_implementation, "trust_remote_code": False,
+               "use_safetensors": True, "quantization_config": trl.get_quantization_config(s)}  # fmt: skip
+    options |= {"device_map": {"": args.device}} if args.device.type == "cuda" and not is_sharded() else {}
+    model = fetch(s, transformers.AutoModelForCausalLM.from_pretrained, base, **options)
     reason = why_not_shared(model, s)
     if reason is None:
         share_prefixes(model)
     if adapter:
-        model = fetch(
-            "adapter", lambda name: peft.PeftModel.from_pretrained(model, name, is_trainable=trainable), adapter
-        )
+        model = fetch(s, functools.partial(peft.PeftModel.from_pretrained, model), adapter, is_trainable=trainable)
     return (model.merge_and_unload() if adapter and not trainable else model), reason
 
 
@@ -801,10 +795,9 @@ def build_trainer(s, args, start, train, held_out) -> "PreferenceTrainer":
         data_collator=collator, processing_class=start.tokenizer, compute_metrics=pair_metrics,
         peft_config=None if start.continues else trl.get_peft_config(s),
     )  # fmt: skip
-    if args.bf16 and args.device.type == "cuda":
-        for module in trainer.model.modules():  # PEFT casts inputs up and autocast down again: lossless, and not free
-            if hasattr(module, "cast_input_dtype_enabled"):
-                module.cast_input_dtype_enabled = False
+    for module in trainer.model.modules() if args.bf16 and args.device.type == "cuda" else ():
+        if hasattr(module, "cast_input_dtype_enabled"):  # PEFT casts up and autocast down again: lossless, not free
+            module.cast_input_dtype_enabled = False
     return trainer
 
 
@@ -814,23 +807,20 @@ class PreferenceTrainer(trl.DPOTrainer):
     def _prepare_dataset(self, dataset, *_):
         return dataset  # load_preferences has tokenised and checked it
 
-    def stop_unless_finite(self, value, what: str, inputs: dict) -> None:
+    def require_finite(self, value, what: str, inputs: dict):
         if not math.isfinite(value):
-            step, rate = self.state.global_step + 1, self.args.learning_rate
-            text = ADVICE["not finite"][1].format(what=what, step=step, lr=rate)
+            text = ADVICE["not finite"][1].format(
+                what=what, step=self.state.global_step + 1, lr=self.args.learning_rate
+            )
             rows = [row[:60] for row in inputs["input_ids"].chunk(2)[0].tolist()] if inputs else []
-            pairs = [repr(begin) for begin in self.processing_class.batch_decode(rows)]
-            raise UserError("\n  ".join([text, *pairs]), status=1)
+            raise UserError("\n  ".join([text, *map(repr, self.processing_class.batch_decode(rows))]), status=1)
+        return value
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.stop_unless_finite(loss, "loss", inputs)
-        return loss
+        return self.require_finite(super().training_step(model, inputs, num_items_in_batch), "loss", inputs)
 
     def _clip_grad_norm(self, model):
-        norm = super()._clip_grad_norm(model)
-        self.stop_unless_finite(norm, "gradient", {})
-        return norm
+        return self.require_finite(super()._clip_grad_norm(model), "gradient", {})
 
     def pair_logps(self, model, inputs) -> tuple:
         """Log-probs of the answers, (B,) each: policy's chosen, rejected, reference's chosen, rejected; the output."""
@@ -852,11 +842,10 @@ class PreferenceTrainer(trl.DPOTrainer):
         inputs = self._prepare_inputs(inputs)
         *logps, output = self.pair_logps(model, inputs)
         losses, precomputed, self.precompute_ref_logps = [], self.precompute_ref_logps, True
-        for i in range(len(logps[0])):
-            rows = [i, i + len(logps[0])]
+        for rows in torch.arange(2 * len(logps[0])).view(2, -1).T:
             one = type(output)(**{k: v[rows] for k, v in output.items() if v is not None and v.ndim == 2})
             pair = {k: inputs[k][rows] for k in ("input_ids", "attention_mask", "completion_mask")}
-            pair |= {f"ref_{side}_logps": values[i : i + 1] for side, values in zip(("chosen", "rejected"), logps[2:])}
+            pair |= {f"ref_{side}_logps": values[rows[:1]] for side, values in zip(("chosen", "rejected"), logps[2:])}
             losses.append(self._compute_loss(lambda one=one, **_: one, pair, return_outputs=False).detach().float())
         self.precompute_ref_logps = precomputed
         self._metrics["eval"].clear()
@@ -869,21 +858,27 @@ class PreferenceTrainer(trl.DPOTrainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         try:
-            state = {"_tr_loss": self.accelerator.gather(self._tr_loss).mean().item()}
+            averages = {"_tr_loss": self.accelerator.gather(self._tr_loss).mean().item()}
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if is_main():
                 kept = ("_globalstep_last_logged", "_total_loss_scalar", "_total_train_tokens")
-                state |= {name: vars(self)[name] for name in kept}
-                files = {str(p.relative_to(folder)): digest(p) for p in folder.rglob("*") if p.is_file()}
-                manifest = {"data": self.data_hash, "files": files, "state": state, "metrics": self._metrics["train"]}
-                write_file(folder / MANIFEST, json.dumps(manifest, indent=1))
+                averages |= {name: vars(self)[name] for name in kept}
+                manifest = {"data": self.data_hash, "files": digest_files(folder), "state": averages}
+                write_file(folder / MANIFEST, json.dumps(manifest | {"metrics": self._metrics["train"]}, indent=1))
                 rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
         except (OSError, RuntimeError, SafetensorError) as error:
             text = f"{folder} could not be written ({error}); older checkpoints are untouched"
             raise UserError(f"{text}: make room on the disk and run the same command again", status=1) from error
         finally:
             self.args.save_total_limit = limit
+
+    def restore_averages(self, folder: Path) -> None:
+        """So that the first log line after a resume averages over the steps before it too."""
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        self._tr_loss += manifest["state"].pop("_tr_loss")
+        vars(self).update(manifest["state"])
+        self._metrics["train"] = defaultdict(list, manifest["metrics"])
 
     def save_model(self, output_dir=None, _internal_call=False):
         """The adapter alone, gathered where FSDP shards it."""
@@ -894,57 +889,49 @@ class PreferenceTrainer(trl.DPOTrainer):
         if self.args.should_save:
             self._save(output_dir, state_dict={name: weight.detach().cpu() for name, weight in whole.items()})
 
-    def restore_averages(self, folder: Path) -> None:
-        """So that the first log line after a resume averages over the steps before it too."""
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        self._tr_loss += manifest["state"].pop("_tr_loss")
-        vars(self).update(manifest["state"])
-        self._metrics["train"] = defaultdict(list, manifest["metrics"])
-
 
 def pair_metrics(scores) -> dict[str, float]:
     """Means over the held-out pairs, each counted once; accuracies with their 95% interval (Wilson, 1927)."""
     loss, chosen, rejected, logps_chosen, logps_rejected = np.asarray(scores.predictions, dtype=np.float64).T
     n, p, z = len(loss), float((chosen > rejected).mean()), 1.96
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    means = {"loss": loss, "rewards/chosen": chosen, "rewards/rejected": rejected, "logps/chosen": logps_chosen,
-             "logps/rejected": logps_rejected, "rewards/margins": chosen - rejected}  # fmt: skip
     low, high = ((centre + sign * half) / (1 + z * z / n) for sign in (-1, 1))
-    bounds = {"rewards/accuracies_low": min(low, p), "rewards/accuracies_high": max(high, p)}  # but for rounding
-    return {"rewards/accuracies": p} | bounds | {name: float(values.mean()) for name, values in means.items()}
+    values = {"loss": loss, "rewards/chosen": chosen, "rewards/rejected": rejected, "logps/chosen": logps_chosen,
+              "logps/rejected": logps_rejected, "rewards/margins": chosen - rejected, "rewards/accuracies": [p],
+              "rewards/accuracies_low": [min(low, p)], "rewards/accuracies_high": [max(high, p)]}  # fmt: skip
+    return {name: float(np.mean(value)) for name, value in values.items()}
 
 
-def reference_key(s: argparse.Namespace, start: argparse.Namespace) -> str:
-    """Hash of what reference log-probs depend on beside the pairs' tokens: weights, dtype, quantisation, ld_alpha."""
+def reference_path(s: argparse.Namespace, start: argparse.Namespace) -> Path:
+    """The database of log-probs that depend on the same weights, dtype, quantisation and ld_alpha."""
     names = [s.ref_model_name_or_path] if s.ref_model_name_or_path else [start.base, start.adapter]
-    kinds = [s.dtype, s.bf16, s.fp16, s.load_in_4bit, s.load_in_8bit, s.bnb_4bit_quant_type, s.use_bnb_nested_quant]
-    what = [s.model_revision, s.ld_alpha, *kinds]
+    what = [s.model_revision, s.ld_alpha, s.dtype, s.bf16, s.fp16, s.load_in_4bit, s.load_in_8bit,
+            s.bnb_4bit_quant_type, s.use_bnb_nested_quant]  # fmt: skip
     for name in filter(None, names):
-        files = [p.stat() for p in sorted(Path(name).glob("*.safetensors"))]
-        commit = [] if files else getattr(transformers.AutoConfig.from_pretrained(name), "_commit_hash", None)
+        files = [path.stat() for path in sorted(Path(name).glob("*.safetensors"))]
+        commit = None if files else getattr(transformers.AutoConfig.from_pretrained(name), "_commit_hash", None)
         what += [name, commit or [(file.st_size, file.st_mtime_ns) for file in files]]
-    return hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
+    key = hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
+    return Path(HF_HOME, "dpotrainer", f"reference-{key}.sqlite")
 
 
-def cache_reference(trainer: PreferenceTrainer, s: argparse.Namespace, start: argparse.Namespace) -> None:
+def cache_reference(trainer: PreferenceTrainer, s: argparse.Namespace, path: Path) -> None:
     """The reference's log-probs as columns, from a database that runs share; what is missing is computed and kept."""
-    path = Path(HF_HOME, "dpotrainer", f"reference-{reference_key(s, start)}.sqlite")
+    read, wait = "SELECT pair, chosen, rejected FROM logps", trainer.accelerator.wait_for_everyone
     path.parent.mkdir(parents=True, exist_ok=True)
     if is_main() and path.exists():
         try:
             with closing(sqlite3.connect(path)) as database:
-                database.execute(
-                    "SELECT total(pair), total(chosen), total(rejected) FROM logps"
-                ).fetchall()  # reads all of it
+                database.execute(read).fetchall()
         except sqlite3.DatabaseError as error:
             say(f"{path} is damaged ({error}): renamed to {set_aside(path, f'damaged-{path.name}')}")
-    trainer.accelerator.wait_for_everyone()
+    wait()
     names = [name for name in ("train_dataset", "eval_dataset") if getattr(trainer, name) is not None]
     pairs = datasets.concatenate_datasets([getattr(trainer, name) for name in names])
     with closing(sqlite3.connect(path, timeout=600)) as database:
         database.execute("CREATE TABLE IF NOT EXISTS logps (pair INTEGER PRIMARY KEY, chosen REAL, rejected REAL)")
-        known = {row[0] for row in database.execute("SELECT pair FROM logps")}
-        trainer.accelerator.wait_for_everyone()  # all look before any adds, so that all divide the same work
+        known = {pair for pair, *_ in database.execute(read)}
+        wait()  # all look before any adds, so that all divide the same work
         todo = [i for i, pair in enumerate(pairs["pair_hash"]) if pair not in known]
         say(f"reference log-probs: {len(pairs) - len(todo)} of {len(pairs)} pairs are in {path}")
         mine = todo[trainer.accelerator.process_index :: trainer.accelerator.num_processes]
@@ -953,15 +940,16 @@ def cache_reference(trainer: PreferenceTrainer, s: argparse.Namespace, start: ar
             rows = [pairs[i] for i in mine[at : at + size]]
             batch = trainer._prepare_inputs(trainer.data_collator(rows))
             logps = trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch)
-            values = zip([row["pair_hash"] for row in rows], *(part.tolist() for part in logps))
             with database:  # commits: a kill costs one batch
+                values = zip([row["pair_hash"] for row in rows], *(part.tolist() for part in logps))
                 database.executemany("INSERT OR REPLACE INTO logps VALUES (?, ?, ?)", values)
-        trainer.accelerator.wait_for_everyone()
-        logps = {pair: both for pair, *both in database.execute("SELECT * FROM logps")}
+        wait()
+        logps = {pair: both for pair, *both in database.execute(read)}
     for name in names:
         data = getattr(trainer, name)
-        for i, column in enumerate(("ref_chosen_logps", "ref_rejected_logps")):
-            data = data.add_column(column, [logps[pair][i] for pair in data["pair_hash"]])
+        columns = zip(("ref_chosen_logps", "ref_rejected_logps"), zip(*(logps[pair] for pair in data["pair_hash"])))
+        for column, values in columns:
+            data = data.add_column(column, list(values))
         setattr(trainer, name, data)
     trainer.precompute_ref_logps = True
 
@@ -1011,25 +999,8 @@ class PreferenceCollator(DataCollatorForPreference):
 
     def torch_call(self, examples):
         batch = super().torch_call(examples)
-        if self.share_prefixes:
-            batch["plan"] = plan_shared_prefixes(batch["input_ids"], batch["attention_mask"])
-        return batch
-
-
-def shared_prefix_attention(module, query, key, value, attention_mask, shared_prefixes=None, **kwargs):
-    """Attention of a packed row: query (1, Hq, T, D), key and value (1, Hkv, T, D) to (1, T, Hq, D).
-
-    Causal, aligned at the bottom right: a sequence's last query sees all its keys, the one before all but the last.
-    Calls without a plan, such as those of generation, go to SDPA as they came.
-    """
-    if shared_prefixes is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    plan, scale, device = shared_prefixes, kwargs.get("scaling"), query.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype  # as SDPA casts
-    query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # (T, heads, D)
-    key, value = (x.index_select(0, plan["key_index"]) for x in (key, value))  # (K, Hkv, D)
-    attend = attend_at_once if kernel_takes(query, value) else attend_one_by_one
-    return attend(query, key, value, plan, scale)[None], None
+        plan = plan_shared_prefixes(batch["input_ids"], batch["attention_mask"]) if self.share_prefixes else None
+        return batch | ({"plan": plan} if plan else {})
 
 
 def kernel_takes(query, value):
@@ -1049,16 +1020,28 @@ def varlen_kernel():
     return functools.partial(varlen_attn, **{name: options[name] for name in options if name in known})
 
 
-def attend_at_once(query, key, value, plan, scale):
-    """All sequences in one launch of the variable-length kernel: (T, Hq, D), (K, Hkv, D) twice to (T, Hq, D)."""
-    bounds = plan["query_bounds"], plan["key_bounds"]
-    longest = max(plan["query_lengths"]), max(plan["key_lengths"])
-    scaled = {} if scale in (None, query.shape[-1] ** -0.5) else {"scale": scale}  # torch 2.10 knows the default alone
-    return varlen_kernel()(query, key, value, *bounds, *longest, **scaled)
+def shared_prefix_attention(module, query, key, value, attention_mask, shared_prefixes=None, **kwargs):
+    """Attention of a packed row: query (1, Hq, T, D), key and value (1, Hkv, T, D) to (1, T, Hq, D).
+
+    Causal, aligned at the bottom right: a sequence's last query sees all its keys, the one before all but the last.
+    Calls without a plan, such as those of generation, go to SDPA as they came.
+    """
+    if shared_prefixes is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    plan, scale, device = shared_prefixes, kwargs.get("scaling"), query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype  # as SDPA casts
+    query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # (T, heads, D)
+    key, value = (x.index_select(0, plan["key_index"]) for x in (key, value))  # (K, Hkv, D)
+    if kernel_takes(query, value):  # all sequences in one launch
+        bounds = plan["query_bounds"], plan["key_bounds"]
+        longest = max(plan["query_lengths"]), max(plan["key_lengths"])
+        scaled = {} if scale in (None, query.shape[-1] ** -0.5) else {"scale": scale}  # torch 2.10 has one scale only
+        return varlen_kernel()(query, key, value, *bounds, *longest, **scaled)[None], None
+    return attend_one_by_one(query, key, value, plan, scale)[None], None
 
 
 def attend_one_by_one(query, key, value, plan, scale):
-    """The same by SDPA, sequence after sequence: on the CPU, in float32, on older cards."""
+    """SDPA sequence after sequence: (T, Hq, D), (K, Hkv, D) twice to (T, Hq, D)."""
     outputs = []
     sizes = plan["query_lengths"], plan["key_lengths"], plan["key_lengths"]
     for parts in zip(*map(torch.split, (query, key, value), sizes), strict=True):
@@ -1075,55 +1058,54 @@ def why_not_shared(model, settings=None):
     """The reason, in one line, why `model` must run its rows apart and padded; None where it can share prefixes."""
     config = model.config.get_text_config()
     own, asked = functools.partial(getattr, config), functools.partial(getattr, settings)
-    router = asked("router_aux_loss_coef", None)
+    layers, router = set(own("layer_types", None) or ()), asked("router_aux_loss_coef", None)
+    router = own("router_aux_loss_coef", 0) if router is None else router
+    virtual = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    # fmt: off
     reasons = {
         "`attn_implementation` asks for another attention": asked("attn_implementation", None) is not None,
         "it is a vision-language model, whose rows hold images": config is not model.config,
         "its attention cannot be replaced from outside": not getattr(model, "_supports_attention_backend", False),
-        "not all of its layers are full attention": bool(set(own("layer_types", None) or ()) - {"full_attention"})
-        or getattr(model, "_is_stateful", False),
-        "its attention looks back over a sliding window only": not own("layer_types", None)
-        and bool(own("sliding_window", None) and own("use_sliding_window", True)),
+        "not all of its layers are full attention":
+            layers - {"full_attention"} or getattr(model, "_is_stateful", False),
+        "its attention looks back over a sliding window only":
+            not layers and own("sliding_window", None) and own("use_sliding_window", True),
         "its attention logits are capped": own("attn_logit_softcapping", None) is not None,
         "its attention has sinks": any("sinks" in name for name, _ in model.named_parameters()),
         "its attention has dropout": any(own(name, 0) for name in ("attention_dropout", "attn_pdrop")),
-        "its router loss counts each token of both rows": hasattr(config, "output_router_logits")
-        and (own("router_aux_loss_coef", 0) if router is None else router) != 0,
-        "its adapter adds virtual tokens to each row": getattr(
-            getattr(model, "active_peft_config", None), "is_prompt_learning", False
-        ),
+        "its router loss counts each token of both rows": hasattr(config, "output_router_logits") and router,
+        "its adapter adds virtual tokens to each row": virtual,
+        "`share_prefixes: false` asks for it": not asked("share_prefixes", True),
     }
+    # fmt: on
     return next((reason for reason, applies in reasons.items() if applies), None)
-
-
-def open_packed_row(backbone, args, kwargs):
-    """Before the backbone: a batch with a plan runs as its packed row."""
-    plan = kwargs.pop("plan", None)
-    if plan is not None:
-        # Transformers hands a 4-D mask on as it is and builds none; the attention does not look at it.
-        mask = plan["input_ids"][None, None]
-        kwargs |= {"input_ids": plan["input_ids"], "position_ids": plan["position_ids"], "attention_mask": mask}
-        kwargs["shared_prefixes"] = plan
-    return args, kwargs
-
-
-def close_packed_row(backbone, args, kwargs, output):
-    """After the backbone: hidden states (1, T, H) back in the padded form (2B, L, H) that the trainer expects."""
-    plan = kwargs.pop("shared_prefixes", None)
-    if plan is not None:
-        rows = plan["row_index"]
-        hidden = output.last_hidden_state[0].index_select(0, rows.flatten())
-        output.last_hidden_state = hidden.view(*rows.shape, -1)
-    return output
 
 
 def share_prefixes(model):
     """Let a causal language model, not yet wrapped by PEFT, run batches that carry a plan as one packed row."""
+
+    def pack(backbone, args, kwargs):
+        plan = kwargs.pop("plan", None)
+        if plan is not None:
+            # Transformers hands a 4-D mask on as it is and builds none; the attention does not look at it.
+            mask = plan["input_ids"][None, None]
+            kwargs |= {"input_ids": plan["input_ids"], "position_ids": plan["position_ids"], "attention_mask": mask}
+            kwargs["shared_prefixes"] = plan
+        return args, kwargs
+
+    def unpack(backbone, args, kwargs, output):  # hidden states (1, T, H) to the padded (2B, L, H) that TRL expects
+        plan = kwargs.pop("shared_prefixes", None)
+        if plan is not None:
+            rows = plan["row_index"]
+            hidden = output.last_hidden_state[0].index_select(0, rows.flatten())
+            output.last_hidden_state = hidden.view(*rows.shape, -1)
+        return output
+
     transformers.AttentionInterface.register("shared_prefixes", shared_prefix_attention)
     transformers.AttentionMaskInterface.register("shared_prefixes", sdpa_mask)
     model.set_attn_implementation("shared_prefixes")
-    model.base_model.register_forward_pre_hook(open_packed_row, with_kwargs=True)
-    model.base_model.register_forward_hook(close_packed_row, with_kwargs=True)
+    model.base_model.register_forward_pre_hook(pack, with_kwargs=True)
+    model.base_model.register_forward_hook(unpack, with_kwargs=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ the plan
@@ -1474,9 +1456,13 @@ def write_file(path: Path, text: str) -> None:
     os.replace(f"{path}.tmp", path)
 
 
-def digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()
+def digest_files(folder: Path) -> dict[str, str]:
+    digests = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name != MANIFEST:
+            with path.open("rb") as file:
+                digests[str(path.relative_to(folder))] = hashlib.file_digest(file, "blake2b").hexdigest()
+    return digests
 
 
 def set_aside(path: Path, name: str) -> str:
@@ -1527,7 +1513,7 @@ def is_whole(checkpoint: Path) -> bool:
     """Its manifest, which is written last, is there, and so are all files that it lists, as they were."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return all(digest(checkpoint / name) == known for name, known in files.items())
+        return files.items() <= digest_files(checkpoint).items()
     except (OSError, ValueError):
         return False
 
@@ -1619,7 +1605,7 @@ def train_policy(s: argparse.Namespace, trainer: PreferenceTrainer, start: argpa
     for callback in (report, interruption):
         trainer.add_callback(callback)
     if s.precompute_ref_log_probs:
-        cache_reference(trainer, s, start)
+        cache_reference(trainer, s, reference_path(s, start))
     trainer.train(resume_from_checkpoint=resume_point(trainer, Path(s.output_dir)))
     if interruption.signal:
         text = f"interrupted and saved at step {trainer.state.global_step}; the same command continues"
