@@ -1456,18 +1456,9 @@ def write_file(path: Path, text: str) -> None:
     os.replace(f"{path}.tmp", path)
 
 
-def digest_files(folder: Path) -> dict[str, str]:
-    digests = {}
-    for path in folder.rglob("*"):
-        if path.is_file() and path.name != MANIFEST:
-            with path.open("rb") as file:
-                digests[str(path.relative_to(folder))] = hashlib.file_digest(file, "blake2b").hexdigest()
-    return digests
-
-
 def set_aside(path: Path, name: str) -> str:
     """Rename to the first free one of name, name-2, name-3, ...: nothing is deleted."""
-    names = (name if i == 1 else f"{name}-{i}" for i in itertools.count(1))
+    names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
     return path.rename(next(target for target in map(path.with_name, names) if not target.exists())).name
 
 
@@ -1482,10 +1473,9 @@ def settings_yaml(s: argparse.Namespace) -> str:
 
 def open_output(s: argparse.Namespace) -> FileLock | nullcontext:
     """Lock output_dir, and leave alone what another run, or no run of this program, has left there."""
-    folder = Path(s.output_dir).absolute()
-    settings = folder / "settings.yaml"
     if s.dry_run or not is_main():
         return nullcontext()
+    folder = Path(s.output_dir).absolute()
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")
@@ -1493,15 +1483,16 @@ def open_output(s: argparse.Namespace) -> FileLock | nullcontext:
             lock.acquire(timeout=0)
         except Timeout:
             raise UserError(f"output_dir={folder}: another run is writing there; wait, or choose another") from None
-        foreign = any(path.name != ".lock" for path in folder.iterdir())
-        if not (s.overwrite and foreign):
+        used = os.listdir(folder) != [".lock"]
+        if not (s.overwrite and used):
             break
         lock.release()
         say(f"the earlier run was moved to {set_aside(folder, f'{folder.name}-old')}")
-    before = yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+    there = folder / "settings.yaml"
+    before = yaml.safe_load(there.read_text(encoding="utf-8")) if there.exists() else {}
     now = yaml.safe_load(settings_yaml(s)) if before else {}
     names = [name for name in sorted({*before, *now} - FREE) if before.get(name) != now.get(name)]
-    if names or (foreign and not before):
+    if names or (used and not before):
         what = "a run with other settings" if before else "files that are no run of this program"
         changes = "".join(f"\n  {name}: {before.get(name)} there, {now.get(name)} here" for name in names)
         ways = "choose another output_dir, or `--overwrite true`, which moves the old one aside"
@@ -1509,25 +1500,30 @@ def open_output(s: argparse.Namespace) -> FileLock | nullcontext:
     return lock
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Its manifest, which is written last, is there, and so are all files that it lists, as they were."""
-    try:
-        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return files.items() <= digest_files(checkpoint).items()
-    except (OSError, ValueError):
-        return False
+def digest_files(folder: Path) -> dict[str, str]:
+    """{file: digest} of what is in a checkpoint, but for its manifest."""
+    digests = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name != MANIFEST:
+            with path.open("rb") as file:
+                digests[str(path.relative_to(folder))] = hashlib.file_digest(file, "blake2b").hexdigest()
+    return digests
 
 
 def resume_point(trainer: PreferenceTrainer, folder: Path) -> str | None:
-    """The newest whole checkpoint, if its pairs are these; others are set aside, so that nothing resumes from them."""
+    """The newest checkpoint whose files are those of its manifest, which is written last; others are set aside."""
     for path in map(Path, sort_checkpoints(str(folder))) if is_main() else ():
-        if not is_whole(path):
+        try:
+            files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        except (OSError, ValueError):
+            files = {MANIFEST: "is missing"}
+        if not files.items() <= digest_files(path).items():
             say(f"{path.name} is not whole: renamed to {set_aside(path, f'incomplete-{path.name}')}")
     trainer.accelerator.wait_for_everyone()
     newest = next(reversed(sort_checkpoints(str(folder))), None)
     if newest and any(Path(newest).glob("pytorch_model_fsdp*")) != is_sharded():
-        raise UserError(f"{newest} was written {'without' if is_sharded() else 'under'} FSDP: launch as before, or "
-                        "choose another output_dir")  # fmt: skip
+        way = f"was written {'without' if is_sharded() else 'under'} FSDP: launch as before"
+        raise UserError(f"{newest} {way}, or choose another output_dir")
     if newest and json.loads(Path(newest, MANIFEST).read_text(encoding="utf-8"))["data"] != trainer.data_hash:
         ways = "restore them, choose another output_dir, or `--overwrite true`"
         raise UserError(f"dataset_name: its pairs are not those that {newest} was trained on; {ways}")
@@ -1561,7 +1557,7 @@ class Interruption(transformers.TrainerCallback):
 
 def merge_adapter(trainer: PreferenceTrainer, s: argparse.Namespace) -> None:
     """The merged model in OUTPUT_DIR/merged, and how far its logits are from those of adapter plus base."""
-    policy = trainer.accelerator.unwrap_model(trainer.model).eval()
+    policy, folder = trainer.accelerator.unwrap_model(trainer.model).eval(), Path(s.output_dir, "merged")
     pairs = (trainer.eval_dataset or trainer.train_dataset).take(8)
     rows = [torch.tensor([pair["prompt_ids"]], device=policy.device) for pair in pairs]
     with torch.no_grad(), trainer.accelerator.autocast():
@@ -1569,11 +1565,11 @@ def merge_adapter(trainer: PreferenceTrainer, s: argparse.Namespace) -> None:
         merged = policy.merge_and_unload()
         after = torch.stack([merged(row).logits[0, -1].float() for row in rows])
     for part in (merged, trainer.processing_class):
-        part.save_pretrained(Path(s.output_dir, "merged.incomplete"))
-    Path(s.output_dir, "merged.incomplete").rename(Path(s.output_dir, "merged"))
-    gap, same = (before - after).abs().max(), (before.argmax(-1) == after.argmax(-1)).sum()
-    say(f"merged: next-token logits of {len(rows)} prompts differ by {gap:.2g} at most from adapter plus base; the "
-        f"likeliest token is the same for {same}")  # fmt: skip
+        part.save_pretrained(f"{folder}.incomplete")
+    os.rename(f"{folder}.incomplete", folder)
+    same = (before.argmax(-1) == after.argmax(-1)).sum()
+    say(f"merged: next-token logits of {len(rows)} prompts differ by {(before - after).abs().max():.2g} at most from "
+        f"adapter plus base; the likeliest token is the same for {same}")  # fmt: skip
 
 
 def finish(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) -> None:
@@ -1597,13 +1593,13 @@ def finish(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) ->
 
 
 def train_policy(s: argparse.Namespace, trainer: PreferenceTrainer, start: argparse.Namespace) -> None:
+    """Train from where output_dir stands, to the end or to a signal; then answer the samples and save."""
     hashes = np.array(trainer.train_dataset["pair_hash"])
     trainer.data_hash = hashlib.blake2b(hashes.tobytes(), digest_size=8).hexdigest()
     report, interruption = Report(trainer, s), Interruption(trainer)
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    for callback in (report, interruption):
-        trainer.add_callback(callback)
+    trainer.callback_handler.callbacks += [report, interruption]
     if s.precompute_ref_log_probs:
         cache_reference(trainer, s, reference_path(s, start))
     trainer.train(resume_from_checkpoint=resume_point(trainer, Path(s.output_dir)))
@@ -1628,9 +1624,8 @@ def settle(build, *args, **kwargs):
 def prepare(s: argparse.Namespace) -> tuple:
     """Process group, tokenizer, pairs and plan: (arguments, start, train, held-out); the plan is printed."""
     names = [f.name for f in fields(trl.DPOConfig) if f.init and f.name != "precompute_ref_log_probs"]
-    values = {name: getattr(s, name) for name in names}
-    values["use_cpu"] |= s.dry_run and not torch.cuda.is_available()  # a plan can be made anywhere
-    args = settle(trl.DPOConfig, **values)  # joins the process group
+    cpu = s.use_cpu or (s.dry_run and not torch.cuda.is_available())  # a plan can be made anywhere
+    args = settle(trl.DPOConfig, **{name: getattr(s, name) for name in names} | {"use_cpu": cpu})  # joins the group
     start = load_start(s)
     train, held_out, counts = load_preferences(s, start.tokenizer)
     args.eval_strategy = args.eval_strategy if held_out is not None else "no"
@@ -1644,6 +1639,7 @@ def prepare(s: argparse.Namespace) -> tuple:
 
 
 def run(argv: list[str]) -> None:
+    """Settings, preferences, plan, trainer, train, report, save."""
     warnings.simplefilter("ignore", FutureWarning)  # of the pinned libraries among themselves
     s, problems = parse_settings(argv)
     problems, machine = problems + settle(check_settings, s), settle(check_machine, s)
@@ -1670,19 +1666,19 @@ def run(argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    status = 1
+    """The exit status: 0, 2 for a mistake in the settings or the data, 128 + signal, else 1."""
     try:
         run(sys.argv[1:] if argv is None else argv)
         return 0
     except UserError as error:
         message, status = str(error), error.status
     except torch.OutOfMemoryError:
-        message = ("out of GPU memory: halve per_device_train_batch_size (the result stays the same), turn "
-                   "gradient_checkpointing on, lower max_length, or use configs/qwen3_8b_qlora.yaml")  # fmt: skip
+        message, status = "out of GPU memory: halve per_device_train_batch_size (the result stays the same), turn " \
+            "gradient_checkpointing on, lower max_length, or use configs/qwen3_8b_qlora.yaml", 1  # fmt: skip
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        message = f"{error}: make room on the disk, then run the same command again"
+        message, status = f"{error}: make room on the disk, then run the same command again", 1
     if is_main():
         print(f"dpotrainer: {message}", file=sys.stderr, flush=True)
     return status
