@@ -115,3 +115,13 @@ def test_dry_run_of_the_constants_without_network_is_one_clear_message():
     assert done.returncode == 2
     assert "Traceback" not in done.stderr and done.stdout == ""
     assert len(done.stderr.strip().splitlines()) <= 2 and "Qwen/Qwen3-8B" in done.stderr
+
+
+def test_prefixes_that_nobody_wants_shared_are_not(dry_run, tmp_path, capsys):
+    model, pairs, _ = dry_run
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    flags = tiny.settings(model, data, tmp_path / "out", dry_run=True)
+    assert dpotrainer.main(flags) == 0 and "prefixes  shared" in capsys.readouterr().out
+    assert dpotrainer.main([*flags, "--share_prefixes", "false"]) == 0
+    assert "prefixes  not shared: `share_prefixes: false`" in capsys.readouterr().out

@@ -54,7 +54,11 @@ def test_own_settings_are_in_the_readme_with_their_defaults():
 
 def test_the_lora_configuration_says_what_the_constants_say():
     values = yaml.safe_load((ROOT / "configs/qwen3_8b_lora.yaml").read_text(encoding="utf-8"))
-    assert values == dpotrainer.read_constants()
+    settings, problems = dpotrainer.parse_settings([])
+    block = (ROOT / "dpotrainer.py").read_text(encoding="utf-8").split("end of edits")[0]
+    constants = re.findall(r"^([A-Z]\w*) = ", block, flags=re.M)
+    assert problems == [] and set(values) == {dpotrainer.RENAMED.get(name, name.lower()) for name in constants}
+    assert {name: getattr(settings, name) for name in values} == values | {"loss_type": [values["loss_type"]]}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
