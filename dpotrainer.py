@@ -37,7 +37,7 @@ import sqlite3
 import sys
 import time
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -341,7 +341,6 @@ def check_machine(s: argparse.Namespace) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------------ preferences
-
 LAYOUTS = {  # what each column must hold; a column not named may be there or not
     "standard": {"prompt": "text", "chosen": "text", "rejected": "text"},
     "conversational": {"prompt": "messages", "chosen": "messages", "rejected": "messages"},
@@ -353,355 +352,252 @@ LAYOUTS = {  # what each column must hold; a column not named may be there or no
 SCORES = [("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen-rating", "rejected-rating")]
 ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
 ROLES |= {"human": "user", "gpt": "assistant", "bot": "assistant"}
-PREPARED = ("prompt_ids", "chosen_ids", "rejected_ids", "pair_hash", "needed_tokens", "dropped", "template")
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+PREPARED = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), datasets.List(datasets.Value("int32")))
+PREPARED |= dict.fromkeys(("pair_hash", "needed_tokens"), datasets.Value("int64"))
+PREPARED |= dict.fromkeys(("dropped", "template"), datasets.Value("string"))
 
 
-def kind_of(value) -> str:
-    """Tell what a cell holds: "text", "transcript text" (it opens with a Human turn), "messages" or its type."""
-    if isinstance(value, str):
-        return "transcript text" if re.match(r"\s*Human:", value) else "text"
-    turns = [value] if isinstance(value, dict) else value
-    is_messages = isinstance(turns, list) and all(isinstance(t, dict) and {"role", "from"} & t.keys() for t in turns)
-    return "messages" if is_messages else type(value).__name__
+def kind_of(cell) -> str:
+    """What a cell holds: "text", "transcript text" (it opens with a Human turn), "messages", or its type."""
+    if isinstance(cell, str):
+        return "transcript text" if re.match(r"\s*Human:", cell) else "text"
+    turns = cell if isinstance(cell, list) else [cell]
+    return "messages" if all(isinstance(t, dict) and {"role", "from"} & {*t} for t in turns) else type(cell).__name__
 
 
 def recognise_layout(dataset, source: str) -> str:
-    """Name the one layout that fits the columns, judged by the row (of the first 100) that has most of them filled."""
-    told = {column for kinds in LAYOUTS.values() for column in kinds}
-    row = max(dataset.select(range(min(len(dataset), 100))), key=lambda row: sum(bool(row.get(name)) for name in told))
-    found = {column: kind_of(value) for column, value in row.items()}
-    names = [
-        name
-        for name, kinds in LAYOUTS.items()
-        if all(found.get(column, "nothing").endswith(kind) for column, kind in kinds.items())
-    ]
-    if len(names) == 1:
-        return names[0]
-    problem = f"more than one known layout ({', '.join(names)})" if names else "no known layout"
-    table = [
-        f"  {name:<28}{', '.join(f'{column}: {kind}' for column, kind in kinds.items())}"
-        for name, kinds in {"columns found": found, **LAYOUTS}.items()
-    ]
-    raise UserError("\n".join([f"{source}: the columns fit {problem}. Rename or remove some until one fits.", *table]))
+    """The one layout that fits the columns, each judged by its first filled cell of the first 100 rows."""
+    found = {column: kind_of(next(filter(None, cells), None)) for column, cells in dataset[:100].items()}
+    fits = [name for name, kinds in LAYOUTS.items()
+            if all(found.get(column, "nothing").endswith(kind) for column, kind in kinds.items())]  # fmt: skip
+    if len(fits) == 1:
+        return fits[0]
+    problem = f"more than one known layout ({', '.join(fits)})" if fits else "no known layout"
+    table = "".join(f"\n  {name:<28}{', '.join(map(': '.join, kinds.items()))}"
+                    for name, kinds in {"columns found": found, **LAYOUTS}.items())  # fmt: skip
+    raise UserError(f"{source}, {len(dataset)} rows: the columns fit {problem}; rename or remove some.{table}")
 
 
-def read_messages(value: str | dict | list[dict], where: str) -> list[dict]:
-    r"""List {role, content, ...} of what is written so, as {from, value}, or as "\n\nHuman: ...\n\nAssistant: ..."."""
-    if isinstance(value, str):
-        parts = re.split(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):", value)
-        value = [{"from": name, "value": said.strip()} for name, said in zip(parts[1::2], parts[2::2])]
+def read_side(cell, column: str, kind: str, as_chat: bool, where: str) -> str | list[dict]:
+    r"""Text, or [{role, content, ...}] made of such, of {from, value}, or of "\n\nHuman: ...\n\nAssistant: ..."."""
+    if not kind_of(cell).endswith(kind.split()[-1]):
+        raise ValueError(f"{where}: {column} holds {kind_of(cell)}, not {kind}.")
+    if kind == "text":
+        return [{"role": "user" if column == "prompt" else "assistant", "content": cell}] if as_chat else cell
+    if isinstance(cell, str):
+        parts = re.split(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):", cell)
+        cell = [{"role": name, "content": said.strip()} for name, said in zip(parts[1::2], parts[2::2])]
     messages = []
-    for turn in [value] if isinstance(value, dict) else value:
-        if "from" in turn:
-            turn = {{"from": "role", "value": "content"}.get(key, key): item for key, item in turn.items()}
-        role, content = turn.get("role"), turn.get("content", "" if turn.get("tool_calls") else None)
-        if str(role).lower() not in ROLES:
-            raise ValueError(f"{where}: unknown role {role!r}; known are {', '.join(ROLES)}.")
-        if not isinstance(content, str):
-            raise ValueError(f"{where}: the content of a message is {type(content).__name__}, not text.")
-        messages.append({**turn, "role": ROLES[role.lower()], "content": content})
+    for turn in [cell] if isinstance(cell, dict) else cell:
+        names = {"from": "role", "value": "content"} if "from" in turn else {}
+        turn = {"content": "" if turn.get("tool_calls") else None} | {names.get(key, key): turn[key] for key in turn}
+        if (role := str(turn.get("role")).lower()) not in ROLES:
+            raise ValueError(f"{where}: unknown role {turn.get('role')!r}; known are {', '.join(ROLES)}.")
+        if not isinstance(turn["content"], str):
+            raise ValueError(f"{where}: the content of a message is {type(turn['content']).__name__}, not text.")
+        messages.append(turn | {"role": ROLES[role]})
     return messages
-
-
-def is_blank(side: str | list[dict]) -> bool:
-    """Whether a text, or the last of some messages, says nothing."""
-    last = {"content": side} if isinstance(side, str) else side[-1] if side else {"content": ""}
-    return not (last["content"].strip() or last.get("tool_calls"))
 
 
 def canonical_pair(row: dict, layout: str, chat_strings: bool, where: str) -> tuple | str:
     """One row as (prompt, chosen, rejected), all text or all lists of messages; or why it is dropped."""
-    sides = {"prompt": None}
-    for column, kind in LAYOUTS[layout].items():
-        if kind != "nothing":
-            side = row.get(column)
-            if not kind_of(side).endswith(kind.split()[-1]):
-                raise ValueError(f"{where}: {column} holds {kind_of(side)}, not {kind}.")
-            side = side if kind == "text" else read_messages(side, where)
-            if chat_strings and layout == "standard":
-                side = [{"role": "user" if column == "prompt" else "assistant", "content": side}]
-            sides["prompt" if column == "conversations" else column] = side
-    prompt, chosen, rejected = sides.values()
-    if any(is_blank(side) for side in sides.values() if side is not None):
-        return "empty side"
-    if chosen == rejected:
-        return "chosen equals rejected"
-    if any(row.get(a) not in (None, "") and row[a] == row.get(b) for a, b in SCORES):
-        return "tied scores"
-    if isinstance(chosen, str):
-        return prompt, chosen, rejected
-    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
-        return "no final assistant turn"
-    return split_history(prompt, chosen, rejected)
-
-
-def split_history(prompt: list[dict] | str | None, chosen: list[dict], rejected: list[dict]) -> tuple | str:
-    """(prompt, chosen, rejected) without the history that both conversations repeat; or why the pair is dropped.
-
-    A `prompt` of messages stands, repeated or not. Otherwise the prompt is what both share, up to the last turn that
-    is not the assistant's; a `prompt` of text must be one of its user turns.
-    """
-    if isinstance(prompt, list):
-        size = len(prompt)
-        return prompt, *((side[:size] == prompt and side[size:]) or side for side in (chosen, rejected))
-    size = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
-    size = next((i for i in range(size, 0, -1) if chosen[i - 1]["role"] != "assistant"), 0)
-    asked = [turn["content"].strip() for turn in chosen[:size] if turn["role"] == "user"]
-    if not asked or (prompt is not None and prompt.strip() not in asked):
-        return "histories differ"
-    return "empty side" if is_blank(chosen[:size]) else (chosen[:size], chosen[size:], rejected[size:])
+    sides = [read_side(row.get(column), column, kind, chat_strings and layout == "standard", where)
+             for column, kind in LAYOUTS[layout].items() if kind != "nothing"]  # fmt: skip
+    prompt, chosen, rejected = sides if len(sides) == 3 else [None, *sides]
+    if isinstance(chosen, list):
+        if not isinstance(prompt, list):  # it is what both share, up to the last turn that is not the assistant's
+            shared = [i for i in range(1, len(chosen) + 1) if chosen[:i] == rejected[:i]]
+            history = chosen[: max((i for i in shared if chosen[i - 1]["role"] != "assistant"), default=0)]
+            asked = [turn["content"].strip() for turn in history if turn["role"] == "user"]
+            prompt = history if asked and (prompt is None or prompt.strip() in asked) else None
+        size = len(prompt or [])
+        chosen, rejected = (side[size:] if side[:size] == prompt != side else side for side in (chosen, rejected))
+    ends = [side[-1] if side and isinstance(side, list) else {"role": "assistant", "content": side or ""}
+            for side in (prompt, chosen, rejected) if side is not None]  # fmt: skip
+    reasons = {
+        "empty side": not all(turn["content"].strip() or turn.get("tool_calls") for turn in ends),
+        "chosen equals rejected": chosen == rejected,
+        "tied scores": any(row.get(a) not in (None, "") and row[a] == row.get(b) for a, b in SCORES),
+        "no final assistant turn": any(turn["role"] != "assistant" for turn in ends[-2:]),
+        "histories differ": prompt is None,
+    }
+    return next(filter(reasons.get, reasons), (prompt, chosen, rejected))
 
 
 def render_pair(pair: tuple, row: dict, tokenizer, where: str) -> tuple[list[str] | str, str]:
-    """([prompt, prompt + chosen, prompt + rejected], the template's arguments) or (why it is dropped, "").
-
-    The first arguments that render the prompt alone as the beginning of both others are taken. Qwen3 writes an empty
-    think block into the last answer: it belongs to the prompt, but for answers that carry reasoning of their own.
-    """
-    prompt, *answers = pair
+    """([prompt, prompt + chosen, prompt + rejected], the template's arguments) or (why it is dropped, "")."""
+    prompt, chosen, rejected = pair
     if isinstance(prompt, str):
-        return [prompt, *(prompt + answer for answer in answers)], "none"
+        return [prompt, prompt + chosen, prompt + rejected], "none"
+    # Qwen3's empty think block belongs to the prompt unless an answer carries reasoning: the first that fits is taken
     for choice in [{"enable_thinking": False}, {}] if "enable_thinking" in str(tokenizer.chat_template) else [{}]:
         try:
             options = {"tokenize": False, "tools": row.get("tools"), **choice, **row.get("chat_template_kwargs", {})}
             alone = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)
-            whole = [tokenizer.apply_chat_template(prompt + answer, **options) for answer in answers]
+            whole = [tokenizer.apply_chat_template(prompt + answer, **options) for answer in (chosen, rejected)]
         except Exception as error:  # jinja's own errors, and whatever a template raises to refuse a conversation
             raise ValueError(f"{where}: the chat template refuses this pair: {error}") from error
-        if all(text.startswith(alone) for text in whole):
+        other = next((text for text in whole if not text.startswith(alone)), None)
+        if other is None:
             return [alone, *whole], ", ".join(f"{key}={value}" for key, value in choice.items()) or "defaults"
-    if max(map(len, answers)) > 1:
+    if len(chosen + rejected) > 2:
         return "histories differ", ""
-    other = next(text for text in whole if not text.startswith(alone))
     parted = next((i for i, (a, b) in enumerate(zip(alone, other)) if a != b), len(other))
     alone, other = (repr(text[max(0, parted - 80) : parted + 80]) for text in (alone, other))
-    raise ValueError(
-        f"{where}: the chat template renders the prompt differently alone, as the model in use sees it, than with its "
-        f"answer; they part after {parted} characters:\n  alone        {alone}\n  with answer  {other}\n"
-        "Save a chat_template.jinja that renders both alike beside the tokenizer."
-    )
+    raise ValueError(f"{where}: the chat template renders the prompt differently alone than with its answer:\n  "
+                     f"alone        {alone}\n  with answer  {other}\nSave a chat_template.jinja that renders both "
+                     "alike beside the tokenizer.")  # fmt: skip
 
 
 def measure_pair(prompt: list[int], chosen: list[int], rejected: list[int], max_length: int | None) -> tuple:
-    """Columns PREPARED, short of the last, from the token ids of a prompt and its answers.
-
-    `needed_tokens` counts the distinct tokens of both rows after truncation: their common prefix once, and short of
-    either's last token. `pair_hash` hashes both truncated rows and where their answers begin, alike on every machine.
-    """
-    a, b = (np.array(prompt + answer, "<i4")[:max_length] for answer in (chosen, rejected))
-    short = min(len(a), len(b))
-    shared = next(iter(np.flatnonzero(a[:short] != b[:short])), short)
-    rules = [
-        ("chosen equals rejected", chosen == rejected),
-        ("prompt leaves no room", max_length is not None and len(prompt) >= max_length),
-        ("equal after truncation", shared == len(a) == len(b)),
-    ]
-    dropped = next((reason for reason, holds in rules if holds), "")
-    bits = hashlib.blake2b(
-        np.concatenate([[len(prompt), len(a)], a, b]).astype("<i4").tobytes(), digest_size=8
-    ).digest()
-    needed = len(a) + len(b) - min(shared, short - 1)
-    return prompt, chosen, rejected, int.from_bytes(bits, "little", signed=True), needed, dropped
+    """Columns PREPARED, short of the last, from the token ids of a prompt and its answers."""
+    first, second = (np.array(prompt + answer, "<i4")[:max_length] for answer in (chosen, rejected))
+    short = min(len(first), len(second))
+    shared = int(np.cumprod(first[:short] == second[:short]).sum())
+    reasons = {"chosen equals rejected": chosen == rejected,
+               "prompt leaves no room": len(prompt) >= (max_length or np.inf),
+               "equal after truncation": shared == len(first) == len(second)}  # fmt: skip
+    both = np.r_[len(prompt), len(first), first, second].astype("<i4").tobytes()  # alike on every machine
+    pair_hash = int.from_bytes(hashlib.blake2b(both, digest_size=8).digest(), "little", signed=True)
+    needed = len(first) + len(second) - min(shared, short - 1)  # distinct tokens; the last of a row is never shared
+    return prompt, chosen, rejected, pair_hash, needed, next(filter(reasons.get, reasons), "")
 
 
-def tokenize_pairs(pairs: list, tokenizer, raw: bool):
-    """Yield the token ids of prompt, chosen and rejected for each [prompt, prompt + chosen, prompt + rejected]."""
-
-    def encode(texts, special=False):
-        return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False).input_ids
-
-    special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
-    ends = (tokenizer.eos_token, *(token.content for token in special))
-    parts = [token.content for token in special if not (token.lstrip or token.normalized)]
-    start, texts = encode("x", special=True), []
-    start = start[: start.index(encode("x")[0])] if raw else []  # a template writes the bos itself
-    for alone, *whole in pairs:
-        whole = [text if text.rstrip().endswith(ends) else text + tokenizer.eos_token for text in whole]
-        # these tokens part a text: what precedes the prompt's last one is tokenized once instead of three times
-        size = max([0, *map(alone.rfind, parts)])
-        texts += [alone[:size], *(text[size:] for text in (alone, *whole))]
-    ids = encode(texts) if texts else []
-    for i in range(0, len(ids), 4):
-        head, tail, *both = ids[i : i + 4]
-        # where tokens merge across the boundary, the answer is tokenized apart: in use, it starts with a new token
-        answers = [
-            joint[len(tail) :] if joint[: len(tail)] == tail else encode(text[len(texts[i + 1]) :])
-            for joint, text in zip(both, texts[i + 2 : i + 4])
-        ]
-        yield start + head + tail, *answers
-
-
-def prepare_batch(batch: dict, numbers: list[int], tokenizer, layout: str, options: dict, source: str) -> dict:
-    """Columns as they were read to the columns PREPARED; a pair dropped before it is tokenized has no tokens."""
-    results = []
-    for number, *cells in zip(numbers, *batch.values()):
-        # arrow gives every struct of a column the keys of all of them, with None for those it had not
-        row = json.dumps(dict(zip(batch, cells)), default=float)
-        row = json.loads(row, object_hook=lambda d: {key: value for key, value in d.items() if value is not None})
-        where = f"{source}, row {number + 1}"
-        pair = canonical_pair(row, layout, options["chat_strings"], where)
-        results.append((pair, "") if isinstance(pair, str) else render_pair(pair, row, tokenizer, where))
-    rendered = [texts for texts, template in results if template]
-    ids = tokenize_pairs(rendered, tokenizer, raw=layout == "standard" and not options["chat_strings"])
-    rows = [
-        (*measure_pair(*next(ids), options["max_length"]), form) if form else ([], [], [], 0, 0, reason, "")
-        for reason, form in results
-    ]
-    return dict(zip(PREPARED, map(list, zip(*rows))))
+def prepare_pair(row: dict, index: int, tokenizer, layout: str, options: dict, source: str) -> dict:
+    """A row as it was read to the columns PREPARED; a pair dropped before it is tokenized has no tokens."""
+    # arrow gives every struct of a column the keys of all of them, with None for those it had not
+    row = json.loads(json.dumps(dict(row), default=float),
+                     object_hook=lambda cell: {key: cell[key] for key in cell if cell[key] is not None})  # fmt: skip
+    where = f"{source}, row {index + 1}"
+    pair = canonical_pair(row, layout, options["chat_strings"], where)
+    texts, form = (pair, "") if isinstance(pair, str) else render_pair(pair, row, tokenizer, where)
+    if not form:
+        return dict(zip(PREPARED, ([], [], [], 0, 0, texts, "")))
+    encode = functools.partial(tokenizer, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    alone, *whole = texts
+    ends = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    whole = [text if text.rstrip().endswith(ends) else text + tokenizer.eos_token for text in whole]
+    prompt, *both = encode([alone, *whole]).input_ids
+    # where tokens merge across the boundary, the answer is tokenized apart: in use, it starts with a new token
+    answers = [ids[len(prompt) :] if ids[: len(prompt)] == prompt else encode(text[len(alone) :]).input_ids
+               for ids, text in zip(both, whole)]  # fmt: skip
+    if form == "none":  # raw text gets the bos, which a template writes itself
+        marked = tokenizer("x").input_ids
+        prompt = marked[: marked.index(encode("x").input_ids[0])] + prompt
+    return dict(zip(PREPARED, (*measure_pair(prompt, *answers, options["max_length"]), form)))
 
 
 def prepare_split(dataset, split: str, settings, tokenizer) -> tuple:
-    """One split, tokenized and without its bad pairs, and the report on it."""
-    source = f"{settings.dataset_name} ({split})"
-    if not len(dataset):
-        raise UserError(f"{source} has no rows.")
+    """One split, tokenized and without its bad pairs; and the report: row numbers from 1, of the first five."""
+    source, limit = f"{settings.dataset_name} ({split})", settings.max_length
     layout = recognise_layout(dataset, source)
     if tokenizer.chat_template is None and (layout != "standard" or settings.chat_strings):
-        raise UserError(
-            f"{source} needs a chat template, and the tokenizer has none. Start from the model's instruct "
-            "version, or save a chat_template.jinja beside its tokenizer."
-        )
+        fix = "start from the instruct version, or save a chat_template.jinja beside the tokenizer"
+        raise UserError(f"{source} needs a chat template, and the tokenizer has none: {fix}.")
     read = sorted({*LAYOUTS[layout], *sum(SCORES, ()), "tools", "chat_template_kwargs"}.intersection(dataset.features))
-    options = {"chat_strings": settings.chat_strings, "max_length": settings.max_length}
+    options = {"chat_strings": settings.chat_strings, "max_length": limit}
     # our own key for the cache: the default one pickles the tokenizer, which differs from run to run
-    code = [kind_of, read_messages, is_blank, canonical_pair, split_history, render_pair, tokenize_pairs]
+    code = re.search(r"(?s)- preferences\n.*- policy and reference\n", Path(__file__).read_text("utf-8")).group()
     words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab())
-    key = [dataset._fingerprint, read, options, words, tokenizer.special_tokens_map, tokenizer.chat_template]
-    key += [LAYOUTS, SCORES, ROLES, *map(inspect.getsource, [*code, measure_pair, prepare_batch])]
-    types = (
-        [datasets.List(datasets.Value("int32"))] * 3 + [datasets.Value("int64")] * 2 + [datasets.Value("string")] * 2
-    )
+    key = [code, dataset._fingerprint, read, options, words, tokenizer.special_tokens_map, tokenizer.chat_template]
     try:
         table = dataset.select_columns(read).map(
-            prepare_batch,
-            with_indices=True,
-            batched=True,
-            batch_size=256,
-            remove_columns=read,
+            prepare_pair, with_indices=True, remove_columns=read, desc=f"Tokenizing {split}",
             fn_kwargs={"tokenizer": tokenizer, "layout": layout, "options": options, "source": source},
-            features=datasets.Features(zip(PREPARED, types)),
-            num_proc=settings.dataset_num_proc,
-            desc=f"Tokenizing {split}",
+            num_proc=settings.dataset_num_proc or (min(8, os.cpu_count()) if len(dataset) > 5000 else None),
             new_fingerprint=hashlib.blake2b(repr(key).encode(), digest_size=16).hexdigest(),
-        )
+            features=datasets.Features(PREPARED))  # fmt: skip
     except ValueError as error:  # a class of our own would not come back from a worker process
         raise UserError(str(error)) from None
-    ignored = ", ".join(sorted({*dataset.features}.difference(read)))
-    report = {"layout": layout, "ignored columns": ignored or "none", **count_split(table, settings.max_length)}
-    if report["kept"] * 2 < report["read"]:
-        raise UserError(f"{source}: too few pairs can be used.\n{format_split(report)}")
-    kept = np.flatnonzero(column_values(table, "dropped") == "")
-    return table.remove_columns(["dropped", "template"]).select(kept), report
-
-
-def column_values(dataset, name: str) -> np.ndarray:
-    """A column as an array of (N,); of a column of token ids, how many. No python loop, and no ids are read."""
-    column = dataset.data.column(name)
-    values = (pc.list_value_length(column) if name.endswith("_ids") else column).to_numpy()
-    return values if dataset._indices is None else values[dataset._indices.column(0).to_numpy()]
+    frame, lengths = table.select_columns(["dropped", "template", "pair_hash"]).to_pandas(), token_lengths(table)
+    good, bad = frame[frame.dropped == ""], frame[frame.dropped != ""].groupby("dropped").groups
+    rows = np.stack([lengths["prompt"] + lengths[side] for side in ("chosen", "rejected")])  # (2, N) tokens
+    tokenized = np.sort(rows[:, frame.template != ""], axis=None)  # with those whose prompt left no room
+    report = {
+        "layout": layout, "ignored columns": ", ".join(sorted({*dataset.features}.difference(read))) or "none",
+        "template arguments": good.template.value_counts().to_dict(), "read": len(frame), "kept": len(good),
+        "dropped": {reason: (len(numbers), (numbers[:5] + 1).tolist()) for reason, numbers in bad.items()},
+        "duplicates": int(good.pair_hash.duplicated().sum()), "max_length": limit,
+        "answers cut": float((rows[:, good.index] > (limit or np.inf)).sum() / max(2 * len(good), 1)),
+        "max_length for less than 1%": int(tokenized[-len(tokenized) // 100]) if len(tokenized) else None,
+    }  # fmt: skip
+    if len(good) * 2 < len(frame):
+        raise UserError(f"{source}: too few pairs can be used.\n{format_report(report)}")
+    return table.remove_columns(["dropped", "template"]).select(good.index), report
 
 
 def token_lengths(dataset) -> dict[str, np.ndarray]:
-    """Numbers of tokens before truncation, (N,) each: of prompt, and of chosen and rejected without their prompt."""
-    return {side: column_values(dataset, f"{side}_ids") for side in ("prompt", "chosen", "rejected")}
+    """Tokens before truncation, (N,) each: of prompt, and of chosen and rejected without it. No ids are read."""
+    rows = slice(None) if dataset._indices is None else dataset._indices.column(0).to_numpy()
+    columns = {side: dataset.data.column(f"{side}_ids") for side in ("prompt", "chosen", "rejected")}
+    return {side: pc.list_value_length(column).to_numpy()[rows] for side, column in columns.items()}
 
 
-def count_split(table, max_length: int | None) -> dict:
-    """What was read, kept and dropped (the first five rows by number, from 1), and what max_length cuts."""
-    dropped, template, hashes = (column_values(table, name) for name in ("dropped", "template", "pair_hash"))
-    good, lengths = dropped == "", token_lengths(table)
-    rows = np.stack([lengths["prompt"] + lengths[side] for side in ("chosen", "rejected")])  # (2, N) tokens
-    tokenized = np.sort(rows[:, template != ""], axis=None)  # with those whose prompt left no room
-    found = {reason: np.flatnonzero(dropped == reason) + 1 for reason in sorted({*dropped[~good]})}
-    return {
-        "template arguments": dict(Counter(template[good])),
-        "read": len(table),
-        "dropped": {reason: (len(rows), rows[:5].tolist()) for reason, rows in found.items()},
-        "kept": int(good.sum()),
-        "duplicates": int(good.sum()) - len(np.unique(hashes[good])),
-        "max_length": max_length,
-        "answers cut": float((rows[:, good] > (max_length or np.inf)).mean()) if good.any() else 0.0,
-        "max_length for less than 1%": int(tokenized[-len(tokenized) // 100]) if len(tokenized) else None,
-    }
-
-
-def format_split(report: dict) -> str:
-    """One split's report as aligned lines."""
+def format_report(report: dict) -> str:
+    """The report on the data, or on one of its splits, as aligned lines."""
+    if "splits" in report:
+        both = f" ({report['in both']} of them among those held out)" * (report["in both"] > 0)
+        head = f"{report['data']}: {report['train']} pairs to train on{both}, {report['held out']} held out"
+        return head + "".join(f"\n split {name}\n{format_report(part)}" for name, part in report["splits"].items())
     lines = {name: f"{value:.1%}" if isinstance(value, float) else value for name, value in report.items()}
     for reason, (count, rows) in lines.pop("dropped").items():
         lines[f"dropped: {reason}"] = f"{count} (rows {', '.join(map(str, rows))}{', ...' * (count > len(rows))})"
     return "\n".join(f"    {name:<34}{value}" for name, value in lines.items())
 
 
-def hold_out(pairs, count: int, seed: int) -> tuple:
-    """(train, held-out): `count` pairs, a fifth at most, that the seed picks; equal pairs stay on one side."""
-    _, group, sizes = np.unique(column_values(pairs, "pair_hash"), return_inverse=True, return_counts=True)
-    order = np.random.default_rng(seed).permutation(len(sizes))
-    held = np.isin(group, order[np.cumsum(sizes[order]) <= min(count, len(pairs) // 5)])
-    return pairs.select(np.flatnonzero(~held)), pairs.select(np.flatnonzero(held)) if held.any() else None
-
-
 def find_bad_row(path: Path) -> str:
     """Where the JSON file at `path`, or one in the folder, is broken; empty when none is."""
     for file in [path] if path.is_file() else sorted(path.rglob("*.json*")):
-        with file.open("rb") as lines:
-            for number, line in enumerate([lines.read()] if lines.peek(1)[:1] == b"[" else lines, 1):
-                try:  # encoding finds lone surrogates, which arrow refuses and json lets pass
-                    json.dumps(json.loads(line.strip() or b"{}"), ensure_ascii=False).encode()
-                except ValueError as error:
-                    return f"{file}, row {number}: {error}"
+        text = file.read_bytes()
+        for number, line in enumerate([text] if text[:1] == b"[" else text.split(b"\n"), 1):
+            try:  # encoding finds lone surrogates, which arrow refuses and json lets pass
+                json.dumps(json.loads(line.strip() or b"{}"), ensure_ascii=False).encode()
+            except ValueError as error:
+                return f"{file}, row {number}: {error}"
     return ""
 
 
 def read_splits(settings) -> dict:
     """{split name: data set}: the one to train on and, where there is one, the one held out."""
     name, path = settings.dataset_name, Path(settings.dataset_name).expanduser()
-    builder, known = BUILDERS.get(path.suffix), ", ".join(BUILDERS)
-    if (path.is_file() and not builder) or (not path.exists() and (builder or name[:1] in "./~")):
-        raise UserError(f"dataset_name: {name} is no folder, and no file of a known type ({known}).")
-    source = {"path": str(path) if path.exists() else name, "name": settings.dataset_config}
+    known = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+    is_local = path.is_file() or path.suffix in known or name[:1] in "./~"
+    if is_local and not path.is_dir() and not (path.is_file() and path.suffix in known):
+        raise UserError(f"dataset_name: {name} is no folder, and no file of a known type ({', '.join(known)}).")
+    source = {"path": str(path) if path.is_dir() else name, "name": settings.dataset_config}
     if path.is_file():
-        source = {"path": builder, "data_files": str(path)}
-        source |= {"keep_default_na": False} if builder == "csv" else {}  # an answer "None" is text
+        source = {"path": known[path.suffix], "data_files": str(path)}
+        source |= {"keep_default_na": False} if path.suffix == ".csv" else {}  # an answer "None" is text
     try:
         found = datasets.load_dataset(**source)
     except Exception as error:  # the network's, the hub's, arrow's, pandas'
         reason = (find_bad_row(path) if path.exists() else "") or f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"The data set {name} cannot be read: {reason}\nFrom the hub: check name and network, and use "
-            f"`hf auth login` for a gated one. From a folder: it must hold {known} files."
-        ) from error
+        fix = f"from the hub: check name, network and `hf auth login`; a folder must hold {', '.join(known)} files"
+        raise UserError(f"The data set {name} cannot be read: {reason}\n{fix}") from error
     train, test = settings.dataset_train_split, settings.dataset_test_split
     if (train, test) == ("train", "test") and train not in found and "train_prefs" in found:
         train, test = "train_prefs", "test_prefs"
     if train not in found or test not in {*found, "test", "test_prefs"}:
-        raise UserError(
-            f"The data set {name} has the splits {', '.join(found)}, but not both dataset_train_split "
-            f"({train}) and dataset_test_split ({test})."
-        )
-    return {name: found[name] for name in (train, test) if name in found}
+        wanted = f"dataset_train_split ({train}) and dataset_test_split ({test})"
+        raise UserError(f"The data set {name} has the splits {', '.join(found)}, but not both {wanted}.")
+    return {split: found[split] for split in (train, test) if split in found}
 
 
 def load_preferences(settings, tokenizer) -> tuple:
-    """Read, check, tokenize and split the pairs: (train, held_out or None, report).
-
-    Columns: prompt_ids, chosen_ids, rejected_ids (untruncated; a row is prompt + answer), pair_hash, needed_tokens.
-    """
+    """(train, held_out or None, report): the pairs, read, checked, tokenized to PREPARED's first five, and split."""
     with global_then_local_main_first():  # the other processes find the main one's work in the cache
         splits = {name: prepare_split(data, name, settings, tokenizer) for name, data in read_splits(settings).items()}
-    train, *test = (pairs for pairs, _ in splits.values())
-    train, held_out = (train, *test) if test else hold_out(train, settings.eval_pairs, settings.seed)
-    both = np.isin(*(column_values(pairs, "pair_hash") for pairs in (train, held_out))).sum() if held_out else 0
-    report = {"data": settings.dataset_name, "splits": {name: part for name, (_, part) in splits.items()}}
-    return train, held_out, report | {"train": len(train), "held out": len(held_out or []), "in both": int(both)}
-
-
-def format_report(report: dict) -> str:
-    """The report on the data as aligned lines."""
-    both = f" ({report['in both']} of them among those held out)" * (report["in both"] > 0)
-    head = f"{report['data']}: {report['train']} pairs to train on{both}, {report['held out']} held out"
-    return "\n".join([head, *(f" split {name}\n{format_split(part)}" for name, part in report["splits"].items())])
+    train, held_out, *_ = *(pairs for pairs, _ in splits.values()), None
+    hashes = np.array(train["pair_hash"][:])
+    if held_out is None:  # a fifth at most; picked by their hashes, equal pairs stay on one side
+        drawn = hashes ^ np.random.default_rng(settings.seed).integers(-(2**63), 2**63)
+        held = drawn < np.sort(drawn)[min(settings.eval_pairs, len(train) // 5)]
+        held_out = train.select(np.flatnonzero(held)) if held.any() else None
+        train, hashes = train.select(np.flatnonzero(~held)), hashes[~held]
+    report = {"data": settings.dataset_name, "splits": {name: part for name, (_, part) in splits.items()},
+              "train": len(train), "held out": len(held_out or []),
+              "in both": int(np.isin(hashes, held_out["pair_hash"][:]).sum()) if held_out else 0}  # fmt: skip
+    return train, held_out, report
 
 
 def describe_pair(tokenizer, pair: dict, max_length: int | None) -> str:
@@ -709,11 +605,10 @@ def describe_pair(tokenizer, pair: dict, max_length: int | None) -> str:
     lines, room = [], max_length or sys.maxsize
     for side in ("prompt", "chosen", "rejected"):
         ids = pair[f"{side}_ids"]
-        text = tokenizer.decode(ids[: max(room, 0)])
-        text = text if len(text) <= 480 else f"{text[:320]} [...] {text[-160:]}"
+        text = re.sub(r"(?s)^(.{320}).+(.{160})$", r"\1 [...] \2", tokenizer.decode(ids[:room]))
         cut = f" | {len(ids) - room} tokens cut by max_length {max_length}" * (len(ids) > room)
         lines.append(f"{side:<9}{len(ids):>6} tokens  {text!r}{cut}")
-        room -= len(ids) if side == "prompt" else 0
+        room -= len(ids) * (side == "prompt")
     return "\n".join(lines)
 
 

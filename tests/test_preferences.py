@@ -236,7 +236,7 @@ def test_counts_of_all_reasons_add_up(tokenizer, tmp_path):
     assert {reason: count for reason, (count, _) in report["dropped"].items()} == {r: len(BAD[r]) for r in BAD}
     assert report["read"] == report["kept"] + sum(count for count, _ in report["dropped"].values()) == len(bad) + 20
     assert (len(kept), report["duplicates"]) == (20, 2)
-    text = dpotrainer.format_split(report)
+    text = dpotrainer.format_report(report)
     assert "dropped: empty side" in text
     assert "4 (rows 3, 4, 5, 6)" in text
 
@@ -245,7 +245,7 @@ def test_only_the_first_rows_of_many_are_named(tokenizer, tmp_path):
     rows = [pair(f"question {i}", "a", "b" if i % 2 else "a") for i in range(20)]
     report = load(tmp_path, rows, tokenizer)[1]
     assert report["dropped"] == {"chosen equals rejected": (10, [1, 3, 5, 7, 9])}
-    assert "10 (rows 1, 3, 5, 7, 9, ...)" in dpotrainer.format_split(report)
+    assert "10 (rows 1, 3, 5, 7, 9, ...)" in dpotrainer.format_report(report)
 
 
 @pytest.mark.parametrize("scores", [(math.nan, math.nan), (None, None), (None, 3.0), (1, 2), ("", "")])
@@ -757,7 +757,6 @@ def test_lengths_follow_the_rows_of_a_selection(tokenizer, tmp_path):
         assert list(lengths) == ["prompt", "chosen", "rejected"]
         for side, values in lengths.items():
             assert values.tolist() == [len(ids) for ids in part[f"{side}_ids"]]
-        assert dpotrainer.column_values(part, "needed_tokens").tolist() == part["needed_tokens"][:]
 
 
 def test_hashes_are_the_same_everywhere_and_tell_pairs_apart():
@@ -870,9 +869,9 @@ def canonical_rows(draw):
 
 
 def prepare(rows, layout, tokenizer, max_length=64):
-    batch = {name: [row.get(name) for row in rows] for name in rows[0]}
     options = {"chat_strings": False, "max_length": max_length}
-    return dpotrainer.prepare_batch(batch, range(len(rows)), tokenizer, layout, options, "data")
+    rows = [dpotrainer.prepare_pair(row, i, tokenizer, layout, options, "data") for i, row in enumerate(rows)]
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
