@@ -1004,331 +1004,276 @@ def share_prefixes(model):
 
 
 # ------------------------------------------------------------------------------------------------------------ the plan
-def measure_model(s: argparse.Namespace, start: argparse.Namespace) -> argparse.Namespace:
-    """Weights in all and trained, bytes of the frozen ones, why prefixes are not shared: from shapes alone."""
+def measure_model(s, start, shared: int, padded: int) -> tuple[int, int, dict[str, float], str | None]:
+    """Weights in all, and trained; GiB at so many tokens a batch; why prefixes are not shared: from shapes alone."""
+    dtype, config = getattr(torch, s.dtype, torch.bfloat16), start.config.get_text_config()
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(
-            start.config, dtype=getattr(torch, s.dtype, torch.bfloat16)
-        )
+        model = transformers.AutoModelForCausalLM.from_config(start.config, dtype=dtype)
         reason = why_not_shared(model, s)
         lora = peft.PeftConfig.from_pretrained(start.adapter) if start.continues else trl.get_peft_config(s)
+        lora.inference_mode = False  # a starting adapter is trained on
         model = peft.get_peft_model(model, lora)
-    sizes = argparse.Namespace(total=0, trained=0, frozen=0.0, reason=reason)
-    for name, weight in model.named_parameters():
-        packed = (s.load_in_4bit or s.load_in_8bit) and weight.ndim == 2 and not re.search("embed|lm_head", name)
-        width = (0.516 if s.load_in_4bit else 1) if packed else weight.element_size()  # NF4, doubly packed scales
-        trained = bool(re.search("lora_|modules_to_save", name))
-        sizes.total += weight.numel()
-        sizes.trained += weight.numel() * trained
-        sizes.frozen += weight.numel() * width * (not trained)
-    return sizes
-
-
-def estimate_memory(s, start, model: argparse.Namespace, tokens: int) -> tuple[dict[str, float], float]:
-    """GiB of what can be counted exactly, and of the activations of `tokens` tokens, which is an estimate."""
-    config = start.config.get_text_config()
-    width, inner = (4 if s.dtype == "float32" else 2), getattr(config, "intermediate_size", 4 * config.hidden_size)
-    layer = tokens * width * (14 * config.hidden_size + 5 * inner)  # what a decoder layer keeps for its backward pass
-    kept = tokens * width * config.hidden_size if s.gradient_checkpointing else layer
-    gib = {"weights": model.frozen * (2 if start.reference == "copy" else 1), "gradients": 4 * model.trained,
-           "adapter": 4 * model.trained * (2 if start.reference == "adapter" else 1),
-           "optimizer": model.trained * (2 if "8bit" in str(s.optim) else 8)}  # fmt: skip
-    gib = {name: value / 2**30 for name, value in gib.items()}
-    return gib, (config.num_hidden_layers * kept + 2 * layer) / 2**30
+    trained, total = model.get_nb_trainable_parameters()
+    whole = dtype.itemsize  # bytes a weight; 0.516: NF4 with doubly packed scales
+    packed = 0.516 if s.load_in_4bit else 1 if s.load_in_8bit else whole
+    frozen = sum(weight.numel() * (whole if weight.ndim != 2 or re.search("embed|lm_head", name) else packed)
+                 for name, weight in model.named_parameters() if not weight.requires_grad)  # fmt: skip
+    layer = 14 * config.hidden_size + 5 * getattr(config, "intermediate_size", 4 * config.hidden_size)  # per token
+    kept = config.num_hidden_layers * (config.hidden_size if s.gradient_checkpointing else layer) + 2 * layer
+    sizes = {"weights": frozen, "gradients": 4 * trained, "adapter": 4 * trained,
+             "optimizer": trained * (2 if "8bit" in str(s.optim) else 8),
+             "reference": {"copy": frozen, "adapter": 4 * trained}.get(start.reference, 0),
+             "activations (an estimate)": (padded if reason else shared) * kept * whole}  # fmt: skip
+    return total, trained, {name: size / 2**30 for name, size in sizes.items()}, reason
 
 
 def make_plan(s, args, start, train, held_out) -> tuple[list[str], list[str]]:
     """(short, long) lines of what will happen, every derived number included; the weights are not read."""
-    model, size = measure_model(s, start), s.per_device_train_batch_size
-    lengths, needed = token_lengths(train), np.asarray(train["needed_tokens"])
-    answers = np.maximum(lengths["chosen"], lengths["rejected"])
-    longest = np.minimum(lengths["prompt"] + answers, s.max_length or 1 << 30)
-    shuffled = np.random.default_rng(s.seed).permutation(longest)
-    batches = [shuffled[i : i + size] for i in range(0, len(train), size)]
-    padded = sum(2 * len(rows) * int(rows.max()) for rows in batches)
-    tokens = int(np.sort(needed)[-size:].sum()) if model.reason is None else 2 * size * int(longest.max())
-    gib, activations = estimate_memory(s, start, model, tokens)
-    disk = ((s.save_total_limit or 1) * 3 + 1) * 4 * model.trained / 2**30 + s.merge * model.frozen / 2**30
-    weights = s.loss_weights or [1] * len(s.loss_type)
-    goal = " + ".join(f"{weight:g} x {OBJECTIVES[name]}" for name, weight in zip(s.loss_type, weights))
-    goal += "; equals sigmoid, as label_smoothing is 0" if s.loss_type == ["robust"] and not s.label_smoothing else ""
+    lengths, needed, size = token_lengths(train), np.asarray(train["needed_tokens"]), s.per_device_train_batch_size
+    longest = lengths["prompt"] + np.maximum(lengths["chosen"], lengths["rejected"])
+    longest = np.random.default_rng(s.seed).permutation(np.minimum(longest, s.max_length or np.inf)).astype(int)
+    padded = sum(2 * len(rows) * rows.max() for rows in np.split(longest, range(size, len(longest), size)))
+    largest = int(np.sort(needed)[-size:].sum()), int(2 * size * longest.max())
+    total, trained, gib, reason = measure_model(s, start, *largest)
+    disk = gib["adapter"] * (3 * (s.save_total_limit or 1) + 1) + gib["weights"] * s.merge
+    terms = zip(s.loss_weights or [1] * len(s.loss_type), s.loss_type)
+    goal = " + ".join(f"{weight:g} x {OBJECTIVES[name]}" for weight, name in terms).removeprefix("1 x ")
+    same = "; equals sigmoid, as label_smoothing is 0" if s.loss_type == ["robust"] and not s.label_smoothing else ""
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type
-    quantiles = {k: np.quantile(v, [0.05, 0.5, 0.95, 1]).astype(int).tolist() for k, v in lengths.items()}
-    short = {
-        "policy": f"{s.model_name_or_path}, {model.total:,} weights in {'4-bit' if s.load_in_4bit else s.dtype}, "
-                  f"{model.trained:,} trainable ({model.trained / model.total:.2%})",
+    spread = {side: np.quantile(counts, [0.05, 0.5, 0.95, 1]).astype(int).tolist() for side, counts in lengths.items()}
+    lines = {
+        "policy": f"{s.model_name_or_path}, {total:,} weights in {'4-bit' if s.load_in_4bit else s.dtype}, "
+                  f"{trained:,} trainable ({trained / total:.2%})",
         "reference": start.told,
-        "objective": f"{goal.removeprefix('1 x ')}, beta {s.beta:g}",
+        "objective": f"{goal}, beta {s.beta:g}{same}",
         "pairs": f"{len(train):,} to train, {len(held_out or []):,} held out, max_length {s.max_length}",
         "batch": f"{s.global_batch_size} pairs = {size} per device x {s.gradient_accumulation_steps} accumulation x "
                  f"{args.world_size} process{'es' * (args.world_size > 1)} on {device}",
         "steps": f"{s.planned_steps:,}, learning rate {s.learning_rate:g}, {s.lr_scheduler_type}",
-        "prefixes": f"not shared: {model.reason}" if model.reason else "shared, and no padding",
-        "output": s.output_dir,
-    }  # fmt: skip
-    long = {
-        "tokens": "5%, median, 95%, longest: " + ", ".join(f"{name} {values}" for name, values in quantiles.items()),
+        "prefixes": f"not shared: {reason}" if reason else "shared, and no padding",
+        "output": s.output_dir,  # the short form ends here
+        "tokens": "5%, median, 95%, longest: " + ", ".join(f"{side} {counts}" for side, counts in spread.items()),
         "per epoch": f"{needed.sum():,} tokens with shared prefixes, {padded:,} in padded rows "
                      f"({padded / needed.sum():.2f} x)",
-        "memory": ", ".join(f"{k} {v:.2f}" for k, v in gib.items()) + f" = {sum(gib.values()):.2f} GiB, exact on one "
-                  f"device; activations add {activations:.2f} (an estimate)",
+        "memory": f"{', '.join(f'{name} {size:.2f}' for name, size in gib.items())}: {sum(gib.values()):.2f} GiB",
         "disk": f"{disk:.2f} GiB in {s.output_dir}",
     }  # fmt: skip
-    return [f"{k:>10}  {v}" for k, v in short.items()], [f"{k:>10}  {v}" for k, v in long.items()]
+    text = [f"{name:>10}  {value}" for name, value in lines.items()]
+    return text[:8], text[8:]
 
 
 # ------------------------------------------------------------------------------------------------------------- insight
 LN2 = math.log(2)  # the sigmoid loss where policy and reference are equal
+MODES = {"greedy": {"do_sample": False}, "sampled": {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}}
 RECENT = 5  # log lines that make "now": fewer are noise, more hide a turn
 # fmt: off
-ADVICE = {  # kind: (when, what to say), in the numbers of `advise`; beside each threshold, its reason
-    "flat": (  # 0.01 of margin at beta 0.1 is a tenth of a nat; healthy runs are past it after a quarter of the steps
-        lambda n: n["step"] >= 20 and n["done"] >= 0.25 and abs(n["loss"] - LN2) < 0.005 and abs(n["margin"]) < 0.01,
-        "Nothing moves: after {step} of {planned} steps loss is {loss:.4f} (ln 2 is 0.6931), margins {margin:.4f}: "
-        "learning_rate {lr:g} is too small for LoRA, or the adapter is frozen; 5e-6 is usual, try ten times yours."),
-    "labels": (  # published runs are above 0.65 after a third of the steps; 0.55 is little better than chance
-        lambda n: n["step"] >= 20 and n["done"] >= 0.33 and n["accuracy"] < 0.55 and abs(n["margin"]) >= 0.01,
-        "rewards/accuracies is {accuracy:.2f} after {step} of {planned} steps, yet the policy moves: look at the "
-        "pairs (`--dry_run true`): chosen and rejected may be swapped, mixed, alike, or cut off."),
-    "displacement": (  # healthy runs end with the chosen answers at most 20 nats (2 at beta 0.1) less likely
-        lambda n: n["margin"] > 0.5 and n["chosen"] / n["beta"] < -25,
-        "rewards/chosen fell to {chosen:.2f} as margins grew to {margin:.2f}: chosen answers get unlikely as well; "
-        "raise beta (now {beta:g}), or add an SFT term: `loss_type: [sigmoid, sft]` with `loss_weights: [1.0, 0.2]`."),
-    "overfitting": (  # the best held-out accuracy lies above the 95% interval of the last
-        lambda n: n["train_accuracy"] > 0.95 and n["eval_best"] > n["eval_high"],
-        "Train accuracies are {train_accuracy:.2f}; held-out, they fell from {eval_best:.3f} (step {eval_best_step}) "
-        "to {eval_last:.3f}: overfitting; stop at that step (`max_steps: {eval_best_step}`), or train fewer epochs."),
-    "divergence": (  # an answer e^200 times likelier or less likely: beta's pull no longer matters
-        lambda n: n["nats"] > 200,
-        "The policy is {nats:.0f} nats per answer from the reference, too far for beta {beta:g}: raise beta, or lower "
-        "learning_rate ({lr:g})."),
-    "longer": (  # half as long again is more than sampling noise
-        lambda n: n["length_ratio"] > 1.5,
-        "Answers grew {length_ratio:.1f} times as long as the pairs ask for: length itself may have been learned; try "
-        "`loss_type: sigmoid_norm`, which divides by it, or a larger beta (now {beta:g})."),
-    "runaway": (  # a loss of three times ln 2 is far worse than doing nothing; e^-1000 for an answer leaves no model
-        lambda n: (n["sigmoid"] and n["loss"] > 2.1) or n["nats"] > 1000,
-        "Stopped at step {step}: loss {loss:.3g} (0.6931 before training), {nats:.0f} nats per answer from the "
-        "reference: learning_rate {lr:g} destroys the model, 5e-6 is usual for LoRA. Earlier checkpoints are kept."),
-    "not finite": (  # raised by the trainer, at the step itself
-        lambda n: False,
-        "The {what} is not finite at step {step}: stopped at once, the last checkpoint is kept. Lower learning_rate "
-        "({lr:g}), raise beta, or train in bf16 instead of fp16."),
+ADVICE = {  # kind: (when, and why this threshold; what to say), in the numbers of `advise`
+    "flat": (lambda n: n.done >= 0.25 and abs(n.loss - LN2) < 0.005 and abs(n.margins) < 0.01,  # healthy: 0.1 and more
+        "nothing moves, loss is {loss:.4f}, margins {margins:.4f}: learning_rate {lr:g} is too small for LoRA, where "
+        "5e-6 is usual, or the adapter is frozen; try ten times yours"),
+    "labels": (lambda n: n.done >= 0.33 and n.accuracy < 0.55 and abs(n.margins) >= 0.01,  # healthy: 0.65; chance: 0.5
+        "rewards/accuracies is {accuracy:.2f}, yet the policy moves: look at the pairs (`--dry_run true`): chosen and "
+        "rejected may be swapped, mixed, alike, or cut off"),
+    "displacement": (lambda n: n.margins > 0.5 and n.chosen / n.beta < -25,  # healthy runs end above -20 nats
+        "rewards/chosen fell to {chosen:.2f} as margins grew to {margins:.2f}: chosen answers get unlikely as well; "
+        "raise beta (now {beta:g}), or add an SFT term: `loss_type: [sigmoid, sft]` with `loss_weights: [1.0, 0.2]`"),
+    "overfitting": (lambda n: n.accuracies > 0.95 and n.best > n.high,  # the best is above the last one's 95% interval
+        "train accuracies are {accuracies:.2f}; held-out, they fell from {best:.3f} (step {best_step}) to "
+        "{accuracy:.3f}: overfitting; stop there (`max_steps: {best_step}`), or train fewer epochs"),
+    "divergence": (lambda n: n.nats > 200,  # an answer e^200 times likelier or less likely: beta no longer holds it
+        "the policy is {nats:.0f} nats per answer from the reference, too far for beta {beta:g}: raise beta, or lower "
+        "learning_rate ({lr:g})"),
+    "longer": (lambda n: n.length_ratio > 1.5,  # half as long again is more than sampling noise
+        "answers grew {length_ratio:.1f} times as long as the pairs ask for: length itself may have been learned; try "
+        "`loss_type: sigmoid_norm`, which divides by it, or a larger beta (now {beta:g})"),
+    "runaway": (lambda n: (n.sigmoid and n.loss > 2.1) or n.nats > 1000,  # three times ln 2 is worse than no training
+        "stopped: loss {loss:.3g} (0.6931 before training), {nats:.0f} nats per answer from the reference: "
+        "learning_rate {lr:g} destroys the model, 5e-6 is usual for LoRA; earlier checkpoints are kept"),
+    "not finite": (lambda n: False,  # raised by the trainer, at the step itself
+        "the {what} is not finite at step {step}: stopped at once, the last checkpoint is kept; lower learning_rate "
+        "({lr:g}), raise beta, or train in bf16 instead of fp16"),
 }
-COLUMNS = {"step": "7d", "loss": "8.4f", "rewards/margins": "8.4f", "rewards/accuracies": "11.3f",
-           "rewards/chosen": "8.4f", "rewards/rejected": "9.4f", "learning_rate": "14.2e", "pairs/s": "8.2f"}
-TIMINGS = re.compile("runtime|per_second|flos|preparation_time")  # of one machine: not in metrics.jsonl
+COLUMNS = {"step": "d", "loss": ".4f", "rewards/margins": ".4f", "rewards/accuracies": ".3f", "rewards/chosen": ".4f",
+           "rewards/rejected": ".4f", "pairs/s": ".2f", "learning_rate": ".2e"}
 # fmt: on
 
 
 def advise(history: list[dict], s: argparse.Namespace, length_ratio: float = 0.0) -> dict[str, str]:
-    """{kind: sentence} of the advice that the log lines so far call for; too few make nan, on which none fires."""
+    """{kind: sentence} of the advice that the log lines so far call for."""
     train, held_out = ([row for row in history if key in row] for key in ("loss", "eval_loss"))
-    keys = {"loss": "loss", "margin": "rewards/margins", "chosen": "rewards/chosen", "rejected": "rewards/rejected",
-            "train_accuracy": "rewards/accuracies"}  # fmt: skip
-    enough = len(train) >= RECENT
-    n = {k: float(np.mean([r[key] for r in train[-RECENT:]])) if enough else math.nan for k, key in keys.items()}
-    last = held_out[-1] if held_out else {}
-    best = max(held_out, key=lambda row: row["eval_rewards/accuracies"], default={})
-    n |= {
-        k: last.get(f"eval_rewards/accuracies{end}", math.nan)
-        for k, end in (("eval_last", ""), ("eval_high", "_high"))
-    }
-    n |= {"eval_best": best.get("eval_rewards/accuracies", math.nan), "eval_best_step": best.get("step", 0)}
-    n |= {"beta": s.beta, "lr": s.learning_rate, "sigmoid": s.loss_type == ["sigmoid"], "length_ratio": length_ratio}
-    n |= {"step": max((row["step"] for row in history), default=0), "planned": s.planned_steps}
-    n["accuracy"] = n["eval_last"] if held_out else n["train_accuracy"]
-    n |= {"done": n["step"] / s.planned_steps, "nats": max(abs(n["chosen"]), abs(n["rejected"])) / s.beta}
-    return {kind: text.format(**n) for kind, (when, text) in ADVICE.items() if when(n)}
+    if len(train) < RECENT:
+        return {}
+    names = [name for name in COLUMNS if name.startswith(("loss", "rewards/"))]
+    now = {name.removeprefix("rewards/"): np.mean([row[name] for row in train[-RECENT:]]) for name in names}
+    step, share = history[-1]["step"], "eval_rewards/accuracies"
+    held_out = held_out or [{share: now["accuracies"], f"{share}_high": 1, "step": step}]
+    best, last = max(held_out, key=lambda row: row[share]), held_out[-1]
+    n = argparse.Namespace(
+        **now, accuracy=last[share], high=last[f"{share}_high"], best=best[share], best_step=best["step"],
+        done=step / s.planned_steps if step >= 20 else 0, nats=max(abs(now["chosen"]), abs(now["rejected"])) / s.beta,
+        beta=s.beta, lr=s.learning_rate, length_ratio=length_ratio, sigmoid=s.loss_type == ["sigmoid"],
+    )  # fmt: skip
+    begin = f"step {step} of {s.planned_steps}: "
+    return {kind: begin + text.format(**vars(n)) for kind, (when, text) in ADVICE.items() if when(n)}
 
 
 class Report(transformers.TrainerCallback):
     """What a run shows: the bar, a row per log line, metrics.jsonl, rewards.png, advice."""
 
     def __init__(self, trainer: PreferenceTrainer, s: argparse.Namespace):
-        self.trainer, self.s, self.advice, self.folder = trainer, s, {}, Path(s.output_dir)
-        self.rows, self.seconds, self.steps, self.drawn = 0, 0.0, 0, 0.0
+        self.trainer, self.s, self.folder, self.advice = trainer, s, Path(s.output_dir), {}
+        self.rows, self.seconds, self.logged = 0, 0.0, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.first_step, self.begun = state.global_step, time.time()
+        self.begun, self.first_step, self.logged = time.time(), state.global_step, state.global_step
+        hidden = args.disable_tqdm or not is_main() or None  # None: only on a terminal
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, disable=hidden)
         if state.global_step:
             self.trainer.restore_averages(self.folder / f"checkpoint-{state.global_step}")
         for i in range(len(state.log_history)):  # what was said before the interruption is not said again
             self.advice = advise(state.log_history[: i + 1], self.s) | self.advice
-        hidden = True if args.disable_tqdm or not is_main() else None  # None: only on a terminal
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, disable=hidden, dynamic_ncols=True)
-        path = self.folder / "metrics.jsonl"
-        if is_main() and path.exists():  # lines after the checkpoint come again; one torn by a crash is no JSON
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            write_file(path, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= state.global_step))
+        if is_main():  # lines after the checkpoint, or torn by a crash, go, and come again
+            lines = map(self.metrics_line, state.log_history)
+            write_file(self.folder / "metrics.jsonl", "".join(line for line in lines if "loss" in line))
+
+    def metrics_line(self, row: dict) -> str:
+        kept = {k: row[k] for k in sorted(row) if not re.search("runtime|per_second|flos|preparation_time", k)}
+        return json.dumps({"step": row["step"]} | kept) + "\n"
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seconds, self.steps = self.seconds + time.perf_counter() - self.started, self.steps + 1
+        self.seconds += time.perf_counter() - self.started
         self.bar.update()
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not {"loss", "eval_loss"} & set(logs):
-            return
-        if is_main():
-            row = {"step": state.global_step} | {k: v for k, v in logs.items() if not TIMINGS.search(k)}
+        if is_main() and {"loss", "eval_loss"} & set(logs):
+            row = state.log_history[-1]
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            self.show_row(row)
-            if "eval_loss" in row or time.time() - self.drawn > 10:  # a picture takes half a second
+                file.write(self.metrics_line(row))
+            if "eval_loss" in row or self.rows % 20 == 0:  # a picture takes half a second
                 draw_rewards(state.log_history, self.s, self.folder / "rewards.png")
-                self.drawn = time.time()
+            self.show_row(row)
         self.give(advise(state.log_history, self.s))
 
     def show_row(self, row: dict) -> None:
-        widths = {name: int(re.match(r"\d+", form)[0]) for name, form in COLUMNS.items()}
-        if self.rows % 20 == 0:
-            self.bar.write(" ".join(f"{name.removeprefix('rewards/'):>{width}}" for name, width in widths.items()))
-        shown = {k.removeprefix("eval_"): v for k, v in row.items()}
+        cells = {name: row.get(name, row.get(f"eval_{name}")) for name in COLUMNS}
         if "loss" in row:
-            shown["pairs/s"] = self.steps * self.s.global_batch_size / max(self.seconds, 1e-9)
-            self.seconds, self.steps = 0.0, 0
-        text = " ".join(f"{shown[k]:{form}}" if k in shown else " " * widths[k] for k, form in COLUMNS.items())
-        ends = [row.get(f"eval_rewards/accuracies_{end}", 0) for end in ("low", "high")]
-        self.bar.write(text + (" held-out, accuracies {:.3f} to {:.3f}".format(*ends) if "eval_loss" in row else ""))
+            cells["pairs/s"] = (row["step"] - self.logged) * self.s.global_batch_size / max(self.seconds, 1e-9)
+            self.logged, self.seconds = row["step"], 0.0
+        text = [" " * 10 if cells[name] is None else f"{cells[name]:10{form}}" for name, form in COLUMNS.items()]
+        if "eval_loss" in row:
+            low, high = (row[f"eval_rewards/accuracies_{end}"] for end in ("low", "high"))
+            text[-1] = f"held-out, accuracies {low:.3f} to {high:.3f}"
+        if self.rows % 20 == 0:
+            self.bar.write(" ".join(f"{name.removeprefix('rewards/'):>10}" for name in COLUMNS))
+        self.bar.write(" ".join(text))
         self.rows += 1
 
     def give(self, advice: dict[str, str]) -> None:
-        for kind, text in advice.items():
-            if kind == "runaway":
-                raise UserError(text, status=1)
-            if kind not in self.advice and is_main():
-                self.bar.write(f"! {text}")
-            self.advice.setdefault(kind, text)
+        if "runaway" in advice:
+            raise UserError(advice["runaway"], status=1)
+        new = {kind: text for kind, text in advice.items() if kind not in self.advice}
+        for text in new.values() if is_main() else ():
+            self.bar.write(f"! {text}")
+        self.advice |= new
 
 
 def draw_rewards(history: list[dict], s: argparse.Namespace, path: Path) -> None:
     """rewards.png: rewards with the margin between them, accuracies, loss; legible without colours."""
-    import pandas as pd
-
-    train, held_out = (pd.DataFrame([row for row in history if key in row]) for key in ("loss", "eval_loss"))
+    points = defaultdict(lambda: np.empty((2, 0)))  # of each metric: steps and values, (2, N)
+    for name in set().union(*history):
+        points[name] = np.array([(row["step"], row[name]) for row in history if name in row]).T
     figure = Figure(figsize=(13, 4), layout="constrained")
     rewards, accuracies, losses = figure.subplots(1, 3)
-    for name, colour, line, marker in (("chosen", "C0", "-", "o"), ("rejected", "C3", "--", "s")):
-        rewards.plot(train["step"], train[f"rewards/{name}"], line, color=colour, lw=2, label=name)
-        if len(held_out):
-            label = f"{name}, held-out"
-            rewards.plot(
-                held_out["step"], held_out[f"eval_rewards/{name}"], marker, color=colour, mec="k", label=label
-            )
-    rewards.fill_between(
-        train["step"], train["rewards/chosen"], train["rewards/rejected"], color="0.88", label="margin"
-    )
-    later = train[train["rewards/margins"] != 0]  # until the first update all pairs tie, which counts as wrong
-    smooth = later["rewards/accuracies"].ewm(alpha=0.3).mean()
-    accuracies.plot(later["step"], smooth, color="C0", lw=2, label="train, smoothed")
+    rewards.fill_between(*points["rewards/chosen"], points["rewards/rejected"][1], color="0.88", label="margin")
     accuracies.axhline(0.5, color="0.5", ls=":", label="chance")
-    accuracies.set_ylim(0, 1.03)
-    losses.plot(train["step"], train["loss"], color="C0", lw=2, label="train")
-    if len(held_out):
-        middle, low, high = (held_out[f"eval_rewards/accuracies{end}"] for end in ("", "_low", "_high"))
-        bars = np.clip([middle - low, high - middle], 0, 1)
-        accuracies.errorbar(held_out["step"], middle, bars, fmt="ko", capsize=3, label="held-out, 95% interval")
-        losses.plot(held_out["step"], held_out["eval_loss"], "ko", label="held-out")
     if s.loss_type == ["sigmoid"]:
         losses.axhline(LN2, color="0.5", ls=":", label="ln 2: policy = reference")
-    titles = ("rewards/chosen, rewards/rejected", "rewards/accuracies", "loss")
-    for axes, title in zip((rewards, accuracies, losses), titles):
-        axes.set(title=title, xlabel="optimizer step")
+    steps, share = points["eval_rewards/accuracies"]
+    interval = [abs(points[f"eval_rewards/accuracies_{end}"][1] - share) for end in ("low", "high")]
+    accuracies.errorbar(steps, share, interval, fmt="none", ecolor="k", capsize=3, label="95% interval")
+    curves = ((rewards, "rewards/chosen", "C0-", "C0o"), (rewards, "rewards/rejected", "C3--", "C3s"),
+              (accuracies, "rewards/accuracies", "C0-", "C0o"), (losses, "loss", "C0-", "C0o"))  # fmt: skip
+    for axes, name, line, marker in curves:
+        steps, values = points[name]
+        if axes is accuracies:
+            moved = points["rewards/margins"][1] != 0  # before the first update all pairs tie, which counts as wrong
+            steps, values = steps[moved], values[moved]
+            values = [values[max(0, i - RECENT) : i].mean() for i in range(1, len(values) + 1)]
+        axes.plot(steps, values, line, lw=2, label=f"{name}, train")
+        axes.plot(*points[f"eval_{name}"], marker, mec="k", label=f"{name}, held-out")
+        axes.set_xlabel("optimizer step")
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
     names = f"{Path(s.model_name_or_path).name} on {Path(s.dataset_name).name}"
-    figure.suptitle(f"DPO: {names}, beta {s.beta:g}, learning rate {s.learning_rate:g}")
+    figure.suptitle(f"DPO: {names}, beta {s.beta:g}, learning rate {s.learning_rate:g}; train accuracies smoothed")
     figure.savefig(f"{path}.tmp", format="png", dpi=110)
     os.replace(f"{path}.tmp", path)
 
 
-SAMPLE_TOKENS = 256  # of an answer at most: enough to judge, and soon done
-MODES = {"greedy": {"do_sample": False}, "sampled": {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}}
-
-
-def answer_prompts(trainer, model, prompts: list[list[int]], mode: str, seed: int) -> list[list[int]]:
-    """One answer (token ids, up to and with its end) to each prompt, in one batch with the KV cache."""
-    tokenizer, width = trainer.processing_class, max(map(len, prompts))
-    rows = [[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    ids, mask = (torch.tensor(x, device=trainer.accelerator.device) for x in (rows, mask))
-    transformers.set_seed(seed)
-    with torch.no_grad(), trainer.accelerator.autocast():
-        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=SAMPLE_TOKENS, use_cache=True,
-                             pad_token_id=tokenizer.pad_token_id, **MODES[mode])[:, width:].tolist()  # fmt: skip
-    ends = {tokenizer.eos_token_id, *np.atleast_1d(model.generation_config.eos_token_id).tolist()}
-    return [answer[: next((i + 1 for i, token in enumerate(answer) if token in ends), None)] for answer in out]
-
-
-def sample_answers(trainer: PreferenceTrainer, s: argparse.Namespace) -> list[dict]:
-    """Held-out prompts answered by reference and policy, greedy and sampled, each with its length and reward."""
-    policy, decode = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class.decode
-    samples: list[dict] = []
-    held_out = trainer.eval_dataset.select(range(min(s.sample_prompts, len(trainer.eval_dataset))))
-    prompts = [row["prompt_ids"] for row in held_out]
-    for mode in MODES:
-        mine = answer_prompts(trainer, policy, prompts, mode, s.seed)
-        with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):  # of no effect on a second model
-            other = answer_prompts(trainer, trainer.ref_model or policy, prompts, mode, s.seed)
-        for prompt, chosen, rejected in zip(prompts, mine, other, strict=True):
-            batch = trainer.data_collator([{"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}])
-            logps = [value.item() for value in trainer.pair_logps(policy, trainer._prepare_inputs(batch))[:4]]
-            samples.append({"mode": mode, "prompt": decode(prompt), "policy": decode(chosen),
-                            "reference": decode(rejected), "policy_tokens": len(chosen),
-                            "reference_tokens": len(rejected),
-                            "policy_reward": s.beta * (logps[0] - logps[2]),
-                            "reference_reward": s.beta * (logps[1] - logps[3])})  # fmt: skip
+def answer_prompts(trainer: PreferenceTrainer, s: argparse.Namespace, mode: str) -> list[tuple[str, int, int]]:
+    """(Markdown, tokens of the reference's answer, of the policy's) for each prompt; one batch each, with KV cache."""
+    policy, tokenizer = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class
+    prompts, answers, samples = trainer.eval_dataset["prompt_ids"][: s.sample_prompts], [], []
+    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(policy.device)
+    starting = use_adapter(policy, "ref" if "ref" in policy.peft_config else None)  # of no effect on a second model
+    for model, adapter in ((trainer.ref_model or policy, starting), (policy, nullcontext())):
+        transformers.set_seed(s.seed)
+        with torch.no_grad(), trainer.accelerator.autocast(), adapter:
+            out = model.generate(**batch, **MODES[mode], max_new_tokens=256, use_cache=True,
+                                 pad_token_id=tokenizer.pad_token_id)[:, batch["input_ids"].shape[1] :]  # fmt: skip
+        ends = {tokenizer.eos_token_id, *np.atleast_1d(model.generation_config.eos_token_id).tolist()}
+        last = [next((i for i, token in enumerate(row, 1) if token in ends), None) for row in out.tolist()]
+        answers.append([row[:end] for row, end in zip(out.tolist(), last)])
+    for prompt, *both in zip(prompts, *answers):
+        pair = dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), (prompt, *both)))
+        *logps, _ = trainer.pair_logps(policy, trainer._prepare_inputs(trainer.data_collator([pair])))
+        rewards = s.beta * (torch.cat(logps[:2]) - torch.cat(logps[2:]))
+        text = f"## {mode}\n\n```text\n{tokenizer.decode(prompt)}\n```\n"
+        for name, answer, reward in zip(("reference", "policy"), both, rewards.tolist()):
+            text += f"\n**{name}**, {len(answer)} tokens, reward {reward:.4f}\n"
+            text += f"\n```text\n{tokenizer.decode(answer)}\n```\n"
+        samples.append((text, *map(len, both)))
     return samples
 
 
 def show_samples(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) -> None:
-    """samples.md, the first answers on the console, and advice if they grew longer than the pairs ask for."""
+    """samples.md, its first three on the console, and advice if answers grew longer than the pairs ask for."""
     if is_sharded() or trainer.eval_dataset is None or not s.sample_prompts:
         return say("no samples: the model is sharded over processes") if is_sharded() else None
     if is_main():
-        samples, who = sample_answers(trainer, s), ("reference", "policy")
-        text = ["# Held-out prompts, answered by reference and policy\n",
-                f"Greedy, then sampled (seed {s.seed}); reward = beta * (log pi - log pi_ref).\n"]  # fmt: skip
-        for row in samples:
-            text.append(f"## {row['mode']}\n\n```text\n{row['prompt']}\n```\n")
-            for name in who:
-                head = f"**{name}**, {row[f'{name}_tokens']} tokens, reward {row[f'{name}_reward']:.4f}"
-                text.append(f"{head}\n\n```text\n{row[name]}\n```\n")
-        write_file(Path(s.output_dir, "samples.md"), "\n".join(text))
-        for row in samples[:3]:
-            answers = [f"  {name}: {row[name][:200]!r} (reward {row[f'{name}_reward']:.2f})" for name in who]
-            say("", row["prompt"][-300:].strip(), *answers)
-        asked = token_lengths(trainer.train_dataset)
-        asked = max(1.0, asked["chosen"].mean() / asked["rejected"].mean())
-        before, after = (np.mean([row[f"{name}_tokens"] for row in samples]) for name in who)
-        report.give(advise(trainer.state.log_history, s, after / before / asked))
+        text, before, after = zip(*(sample for mode in MODES for sample in answer_prompts(trainer, s, mode)))
+        head = f"# Held-out prompts, greedy, then sampled (seed {s.seed}); reward = beta * (log pi - log pi_ref)\n"
+        write_file(Path(s.output_dir, "samples.md"), "\n".join([head, *text]))
+        say("", *text[:3])
+        asked = {side: counts.mean() for side, counts in token_lengths(trainer.train_dataset).items()}
+        grown = sum(after) / sum(before) / max(1, asked["chosen"] / asked["rejected"])
+        report.give(advise(trainer.state.log_history, s, grown))
     trainer.accelerator.wait_for_everyone()
 
 
 def summarize(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) -> str:
     """Held-out figures first and last, steps, time, speed, memory, advice, files, and the next command."""
     held_out = [row for row in trainer.state.log_history if "eval_loss" in row]
-    done, seconds = trainer.state.global_step - report.first_step, time.time() - report.begun
-    speed = f"{done * s.global_batch_size / seconds:.2f} pairs/s with evaluation and saving"
-    whole = f"{trainer.state.global_step} steps of {s.global_batch_size} pairs"
-    lines = [f"{whole}; this run: {done} in {seconds / 60:.1f} minutes, {speed}"]
-    for name, row in zip(("first", "last"), held_out[:1] + held_out[-1:]):
-        figures = [f"{k} {row[f'eval_{k}']:.4f}" for k in COLUMNS if f"eval_{k}" in row]
-        lines.append(f"held-out, {name} (step {row['step']}): {', '.join(figures)}")
-    if trainer.accelerator.device.type == "cuda":
+    steps, seconds = trainer.state.global_step - report.first_step, time.time() - report.begun
+    lines = [f"{trainer.state.global_step} steps of {s.global_batch_size} pairs; this run: {steps} in "
+             f"{seconds / 60:.1f} minutes, {steps * s.global_batch_size / seconds:.2f} pairs/s with evaluation and "
+             "saving"]  # fmt: skip
+    if torch.cuda.is_initialized():
         lines.append(f"peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    lines += [f"! {text}" for text in report.advice.values()]
+    for name, row in zip(("first", "last"), held_out[:1] + held_out[-1:]):
+        figures = [f"{column} {row[f'eval_{column}']:.4f}" for column in COLUMNS if f"eval_{column}" in row]
+        lines.append(f"held-out, {name} (step {row['step']}): {', '.join(figures)}")
     names = ("metrics.jsonl", "rewards.png", "samples.md", "merged")
-    files = [name for name in names if Path(s.output_dir, name).exists()]
-    lines.append(f"in {s.output_dir}: the adapter, {', '.join(files)}")
+    files = ", ".join(name for name in names if Path(s.output_dir, name).exists())
     load = f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({s.output_dir!r})"
-    lines.append(f"next: merge it into its base, `python -c \"{load}.merge_and_unload().save_pretrained('merged')\"`")
+    lines += [*(f"! {text}" for text in report.advice.values()), f"in {s.output_dir}: the adapter, {files}",
+              f"next: merge it, `python -c \"{load}.merge_and_unload().save_pretrained('merged')\"`"]  # fmt: skip
     return "\n".join(lines)
 
 
