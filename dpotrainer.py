@@ -38,7 +38,7 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -57,7 +57,6 @@ from huggingface_hub.constants import HF_HOME
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -81,7 +80,7 @@ LR_SCHEDULER_TYPE = "cosine"  # cosine, linear, constant_with_warmup, ...; cosin
 WARMUP_STEPS = 0.1  # below 1: share of all steps; 0.1 is the zephyr-7b recipes'
 NUM_TRAIN_EPOCHS = 1.0  # passes over the pairs; zephyr-7b-dpo-qlora stops after one, a second mostly overfits
 GLOBAL_BATCH_SIZE = 64  # pairs per optimizer step over all GPUs, the paper's; accumulation is derived from it
-PER_DEVICE_BATCH_SIZE = 4  # pairs per forward on one GPU: changes memory and speed, never the result
+PER_DEVICE_BATCH_SIZE = 4  # pairs per forward on one GPU: changes memory and speed; the result, of aot and sft alone
 
 LORA_R = 32  # rank, 8 to 128; preferences need little capacity ("LoRA Without Regret", 2025)
 LORA_ALPHA = 32  # the update is scaled by alpha / r, here 1, as in zephyr-7b-dpo-qlora (128 / 128)
@@ -152,6 +151,7 @@ RANGES = {  # setting: lowest, highest, usual
     "max_grad_norm": (0, 1e9, 1), "sample_prompts": (0, 1e6, 8), "logging_steps": (1e-6, 1e9, 10),
     "eval_steps": (1e-6, 1e9, 100), "save_steps": (1e-6, 1e9, 100),
 }
+PATHS = ("model_name_or_path", "dataset_name", "ref_model_name_or_path", "output_dir")
 SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}  # the losses that read label_smoothing
 CONFLICTS = (  # setting, when it is wrong, why, and what to do
     ("loss_type", lambda s: set(s.loss_type) - set(OBJECTIVES), f"is unknown; one of {', '.join(OBJECTIVES)}"),
@@ -172,8 +172,11 @@ CONFLICTS = (  # setting, when it is wrong, why, and what to do
     ("precompute_ref_log_probs", lambda s: s.precompute_ref_log_probs and is_sharded(),
      "needs a model in one piece; leave it out"),
     ("truncation_mode", lambda s: s.truncation_mode != "keep_start", "would cut prompts; keep_start"),
-    ("train_sampling_strategy", lambda s: s.train_sampling_strategy == "batch_rebalance",
-     "makes batches of unequal size, which weigh pairs unequally; random"),
+    ("train_sampling_strategy", lambda s: s.train_sampling_strategy not in ("random", "sequential"),
+     "makes batches by length, which weigh pairs unequally; random"),
+    ("eval_do_concat_batches", lambda s: not s.eval_do_concat_batches, "breaks the exact evaluation; leave it out"),
+    ("reference", lambda s: s.reference == "adapter" and s.fresh_adapter,
+     "copies the starting adapter, which fresh_adapter merges; auto"),
 )
 REFUSED = {  # settings that would break a promise of this program: why, and what to do
     "trust_remote_code": "would run code of the model's author; use a model that transformers knows",
@@ -184,6 +187,7 @@ REFUSED = {  # settings that would break a promise of this program: why, and wha
     "padding_free": "is ignored by TRL; `share_prefixes: true` pads nothing",
     "save_only_model": "would leave nothing to resume from; leave it out",
     "use_liger_kernel": "is deprecated in TRL; leave it out",
+    "model_init_kwargs": "is for a model that TRL loads; dtype, attn_implementation and model_revision have settings",
     "sync_ref_model": "cannot work with an adapter; leave it out",
 }
 # fmt: on
@@ -206,7 +210,7 @@ def is_sharded() -> bool:
 
 
 def say(*lines: Any) -> None:
-    if is_main():
+    if lines and is_main():
         print(*lines, sep="\n", flush=True)
 
 
@@ -242,6 +246,8 @@ def parse_settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     kinds = (Settings, trl.ScriptArguments, trl.ModelConfig, trl.DPOConfig)
     parser = trl.TrlParser(kinds, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", help="YAML file of settings, by the names below")
+    for action in parser._actions:
+        action.required = False  # a constant that was taken out is found by RANGES
     source = Path(__file__).read_text(encoding="utf-8").split("\nRENAMED = ")[0]
     constants = re.findall(r"^([A-Z]\w*) *[:=]", source, flags=re.M)  # a misspelt one is found like any other setting
     known = {action.dest for action in parser._actions}
@@ -260,14 +266,20 @@ def parse_settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
             from_file = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise UserError(f"--config {config}: {' '.join(str(error).split())}; give a readable YAML file") from None
-        if not isinstance(from_file, dict):
+        if not isinstance(from_file, dict) or not isinstance(from_file.get("env", {}), dict):
             raise UserError(f"--config {config}: holds no settings; write lines such as `beta: 0.1`")
+        os.environ |= {name: str(value) for name, value in from_file.pop("env", {}).items()}  # as `trl dpo` does
         from_file = parse_layer(parser, config, from_file, problems)
     values = {name: parser.get_default(name) for name in known} | constants | from_file | flags
+    for name in PATHS:
+        values[name] = values[name] and os.path.expanduser(values[name])
     if isinstance(values["lora_target_modules"], list) and len(values["lora_target_modules"]) == 1:
         values["lora_target_modules"] = values["lora_target_modules"][0]  # "all-linear", or a pattern
     del values["help"], values["config"]
-    return argparse.Namespace(**values, given=set(from_file) | set(flags)), problems
+    given = {*from_file, *flags} | ({"per_device_eval_batch_size"} & {*constants})
+    if "gradient_accumulation_steps" in constants:
+        problems.append("constants: GRADIENT_ACCUMULATION_STEPS follows from GLOBAL_BATCH_SIZE; leave it out")
+    return argparse.Namespace(**values, given=given), problems
 
 
 def check_batch(s: argparse.Namespace) -> list[str]:
@@ -302,15 +314,15 @@ def check_settings(s: argparse.Namespace) -> list[str]:
     problems += [f"{name}={getattr(s, name)}: {text}" for name, wrong, text in CONFLICTS if wrong(s)]
     problems += [f"{name} {text}" for name, text in REFUSED.items() if getattr(s, name)]
     problems += check_batch(s) if not problems else []
-    for name in ("model_name_or_path", "dataset_name", "ref_model_name_or_path", "output_dir"):
+    for name in (*PATHS, "reference", "dtype"):
         value = getattr(s, name)
         if value == "" or (value is None and not name.startswith("ref_")):
-            problems.append(f"{name}={value}: is empty; give a name or a path")
-        local = value and re.search(r"^[./~]|/.*/|\.(jsonl?|parquet|csv)$", value)  # a hub name is owner/name
-        if local and name != "output_dir" and not Path(value).expanduser().exists():
+            problems.append(f"{name}={value}: is empty; give a value, or leave it out")
+        local = name in PATHS[:3] and re.search(r"^[./~]|/.*/|\.(jsonl?|parquet|csv)$", value or "")  # hub: owner/name
+        if local and not os.path.exists(value):
             problems.append(f"{name}={value}: there is no such file or folder in {Path.cwd()}; check the path")
     output = Path(s.output_dir or ".").absolute()
-    existing = next(parent for parent in (output, *output.parents) if parent.exists())
+    existing = next(parent for parent in (output, *output.parents) if os.path.exists(parent))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         problems.append(f"output_dir={s.output_dir}: {existing} is not a folder that can be written; choose another")
     return problems
@@ -333,7 +345,7 @@ def check_machine(s: argparse.Namespace) -> list[str]:
         "uses all, CUDA_VISIBLE_DEVICES=0 one": cuda and gpus > 1 and "WORLD_SIZE" not in os.environ,
     }
     lacks |= {f"report_to={name}: is unknown; tensorboard, wandb, trackio or none":
-              name not in {"none", "all", *INTEGRATION_TO_CALLBACK} for name in sorted(reports)}
+              name not in {"none", "all", "tensorboard", "wandb", "trackio"} for name in sorted(reports)}
     lacks |= {f"{name}: the settings need it, it is not installed; `pip install {name}`":
               not importlib.util.find_spec(name) for name in sorted(needed)}
     # fmt: on
@@ -432,7 +444,8 @@ def render_pair(pair: tuple, row: dict, tokenizer, where: str) -> tuple[list[str
     # Qwen3's empty think block belongs to the prompt unless an answer carries reasoning: the first that fits is taken
     for choice in [{"enable_thinking": False}, {}] if "enable_thinking" in str(tokenizer.chat_template) else [{}]:
         try:
-            options = {"tokenize": False, "tools": row.get("tools"), **choice, **row.get("chat_template_kwargs", {})}
+            tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
+            options = {"tokenize": False, "tools": tools, **choice, **row.get("chat_template_kwargs", {})}
             alone = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)
             whole = [tokenizer.apply_chat_template(prompt + answer, **options) for answer in (chosen, rejected)]
         except Exception as error:  # jinja's own errors, and whatever a template raises to refuse a conversation
@@ -466,7 +479,7 @@ def measure_pair(prompt: list[int], chosen: list[int], rejected: list[int], max_
 def prepare_pair(row: dict, index: int, tokenizer, layout: str, options: dict, source: str) -> dict:
     """A row as it was read to the columns PREPARED; a pair dropped before it is tokenized has no tokens."""
     # arrow gives every struct of a column the keys of all of them, with None for those it had not
-    row = json.loads(json.dumps(dict(row), default=float),
+    row = json.loads(json.dumps(dict(row), default=str),
                      object_hook=lambda cell: {key: cell[key] for key in cell if cell[key] is not None})  # fmt: skip
     where = f"{source}, row {index + 1}"
     pair = canonical_pair(row, layout, options["chat_strings"], where)
@@ -624,7 +637,7 @@ HUB_FIXES = {  # what the error of a hub or a file says: what to do
 def fetch(s: argparse.Namespace, load, name: str, **options):
     """load(name, ...), with every way in which a hub or a file can fail told in one line."""
     try:
-        return load(name, revision=s.model_revision if name == s.model_name_or_path else "main", **options)
+        return load(name, revision=s.revisions.get(name, "main"), **options)
     except (OSError, ValueError, KeyError) as error:
         text = f"{type(error).__name__} {type(error.__cause__).__name__} {error}"
         fix = next(fix for pattern, fix in HUB_FIXES.items() if re.search(pattern, text, re.IGNORECASE))
@@ -634,12 +647,19 @@ def fetch(s: argparse.Namespace, load, name: str, **options):
 
 def load_start(s: argparse.Namespace) -> argparse.Namespace:
     """What a run starts from: base, adapter (None unless the model is one), tokenizer, config, kind of reference."""
-    name = os.path.expanduser(s.model_name_or_path)
+    name = s.model_name_or_path
+    s.revisions = {name: s.model_revision or "main"}
     path = fetch(s, find_adapter_config_file, name)
-    base = json.loads(Path(path).read_text(encoding="utf-8"))["base_model_name_or_path"] if path else name
+    adapter = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    base = adapter.get("base_model_name_or_path", name)
+    s.revisions.setdefault(base, adapter.get("revision") or "main")
     if not path and (s.reference == "adapter" or s.fresh_adapter):
         asked = f"reference={s.reference}, fresh_adapter={s.fresh_adapter}"
         raise UserError(f"{asked}: {name} is no adapter; leave them out")
+    if adapter.get("peft_type", "LORA") in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING"):
+        raise UserError(
+            f"model_name_or_path={name}: is a prompt-learning adapter; start from its base, or from a LoRA"
+        )
     continues = bool(path) and not s.fresh_adapter
     kind = "adapter" if continues and s.reference == "auto" else s.reference
     told = {"auto": f"the policy with its adapter switched off{' (base and SFT adapter, merged)' if path else ''}",
@@ -648,10 +668,10 @@ def load_start(s: argparse.Namespace) -> argparse.Namespace:
     bare = path and Path(name).exists() and not Path(name, "tokenizer_config.json").exists()
     own = base if bare else name
     tokenizer = fetch(s, transformers.AutoTokenizer.from_pretrained, own, trust_remote_code=False)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.pad_token = s.pad_token or tokenizer.pad_token or tokenizer.eos_token
     config = fetch(s, transformers.AutoConfig.from_pretrained, base, trust_remote_code=False)
-    return argparse.Namespace(base=base, adapter=name if path else None, continues=continues, tokenizer=tokenizer,
-                              config=config, reference=kind, told=told[kind])  # fmt: skip
+    return argparse.Namespace(base=base, adapter=name if path else None, adapter_file=path, continues=continues,
+                              tokenizer=tokenizer, config=config, reference=kind, told=told[kind])  # fmt: skip
 
 
 def load_model(s, args, base: str, adapter: str | None, trainable: bool) -> tuple:
@@ -684,12 +704,18 @@ def build_trainer(s, args, start, train, held_out) -> "PreferenceTrainer":
         other = (s.ref_model_name_or_path, None) if s.ref_model_name_or_path else (start.base, start.adapter)
         reference, why = load_model(s, args, *other, trainable=False)
         reason = reason or why
+    lora = None if start.continues else trl.get_peft_config(s)
+    if lora and not s.fresh_adapter:
+        lora.revision = s.revisions[start.base]  # so that whoever loads the adapter loads this base
     collator = PreferenceCollator(start.tokenizer.pad_token_id, s.max_length, share_prefixes=reason is None)
     trainer = PreferenceTrainer(
         model=policy, ref_model=reference, args=args, train_dataset=train, eval_dataset=held_out,
         data_collator=collator, processing_class=start.tokenizer, compute_metrics=pair_metrics,
-        peft_config=None if start.continues else trl.get_peft_config(s),
+        peft_config=lora,
     )  # fmt: skip
+    for weight in trainer.model.parameters() if (s.load_in_4bit or s.load_in_8bit) and not is_sharded() else ():
+        if weight.requires_grad:  # TRL makes them bf16, which rounds most steps of a learning rate of 5e-6 away
+            weight.data = weight.data.float()
     for module in trainer.model.modules() if args.bf16 and args.device.type == "cuda" else ():
         if hasattr(module, "cast_input_dtype_enabled"):  # PEFT casts up and autocast down again: lossless, not free
             module.cast_input_dtype_enabled = False
@@ -715,7 +741,8 @@ class PreferenceTrainer(trl.DPOTrainer):
         return self.require_finite(super().training_step(model, inputs, num_items_in_batch), "loss", inputs)
 
     def _clip_grad_norm(self, model):
-        return self.require_finite(super()._clip_grad_norm(model), "gradient", {})
+        norm = super()._clip_grad_norm(model)  # in fp16 the scaler looks for an overflow, and skips that step
+        return norm if self.accelerator.scaler is not None else self.require_finite(norm, "gradient", {})
 
     def pair_logps(self, model, inputs) -> tuple:
         """Log-probs of the answers, (B,) each: policy's chosen, rejected, reference's chosen, rejected; the output."""
@@ -736,13 +763,14 @@ class PreferenceTrainer(trl.DPOTrainer):
         """
         inputs = self._prepare_inputs(inputs)
         *logps, output = self.pair_logps(model, inputs)
-        losses, precomputed, self.precompute_ref_logps = [], self.precompute_ref_logps, True
+        losses, before = [], (self.precompute_ref_logps, self.aux_loss_enabled)
+        self.precompute_ref_logps, self.aux_loss_enabled = True, False  # a router's loss is of a batch, not of a pair
         for rows in torch.arange(2 * len(logps[0])).view(2, -1).T:
             one = type(output)(**{k: v[rows] for k, v in output.items() if v is not None and v.ndim == 2})
             pair = {k: inputs[k][rows] for k in ("input_ids", "attention_mask", "completion_mask")}
             pair |= {f"ref_{side}_logps": values[rows[:1]] for side, values in zip(("chosen", "rejected"), logps[2:])}
             losses.append(self._compute_loss(lambda one=one, **_: one, pair, return_outputs=False).detach().float())
-        self.precompute_ref_logps = precomputed
+        self.precompute_ref_logps, self.aux_loss_enabled = before
         self._metrics["eval"].clear()
         rewards = [self.beta * (policy - reference) for policy, reference in zip(logps[:2], logps[2:])]
         scores = torch.stack([torch.stack(losses), *rewards, *logps[:2]], dim=1)
@@ -757,12 +785,14 @@ class PreferenceTrainer(trl.DPOTrainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if is_main():
-                kept = ("_globalstep_last_logged", "_total_loss_scalar", "_total_train_tokens")
+                kept = ("_globalstep_last_logged", "_total_train_tokens")
                 averages |= {name: vars(self)[name] for name in kept}
                 manifest = {"data": self.data_hash, "files": digest_files(folder), "state": averages}
                 write_file(folder / MANIFEST, json.dumps(manifest | {"metrics": self._metrics["train"]}, indent=1))
                 rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except (torch.OutOfMemoryError, torch.distributed.DistError):
+            raise
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises a RuntimeError
             text = f"{folder} could not be written ({error}); older checkpoints are untouched"
             raise UserError(f"{text}: make room on the disk and run the same command again", status=1) from error
         finally:
@@ -799,13 +829,16 @@ def pair_metrics(scores) -> dict[str, float]:
 
 def reference_path(s: argparse.Namespace, start: argparse.Namespace) -> Path:
     """The database of log-probs that depend on the same weights, dtype, quantisation and ld_alpha."""
-    names = [s.ref_model_name_or_path] if s.ref_model_name_or_path else [start.base, start.adapter]
-    what = [s.model_revision, s.ld_alpha, s.dtype, s.bf16, s.fp16, s.load_in_4bit, s.load_in_8bit,
-            s.bnb_4bit_quant_type, s.use_bnb_nested_quant]  # fmt: skip
-    for name in filter(None, names):
-        files = [path.stat() for path in sorted(Path(name).glob("*.safetensors"))]
-        commit = None if files else getattr(transformers.AutoConfig.from_pretrained(name), "_commit_hash", None)
-        what += [name, commit or [(file.st_size, file.st_mtime_ns) for file in files]]
+    merged = bool(start.adapter) and (s.fresh_adapter or start.reference == "copy")
+    what = [s.ld_alpha, s.dtype, s.bf16, s.fp16, s.load_in_4bit, s.load_in_8bit, s.bnb_4bit_quant_type,
+            s.use_bnb_nested_quant, merged]  # fmt: skip
+    sources = {start.base: getattr(start.config, "_commit_hash", None), start.adapter: start.adapter_file}
+    if s.ref_model_name_or_path:
+        config = fetch(s, transformers.AutoConfig.from_pretrained, s.ref_model_name_or_path, trust_remote_code=False)
+        sources = {s.ref_model_name_or_path: getattr(config, "_commit_hash", None)}
+    for name, commit in sources.items():
+        files = [path.stat() for path in sorted(Path(name or os.devnull).glob("*.safetensors"))]
+        what += [name, [(file.st_size, file.st_mtime_ns) for file in files] or commit]
     key = hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
     return Path(HF_HOME, "dpotrainer", f"reference-{key}.sqlite")
 
@@ -814,12 +847,13 @@ def cache_reference(trainer: PreferenceTrainer, s: argparse.Namespace, path: Pat
     """The reference's log-probs as columns, from a database that runs share; what is missing is computed and kept."""
     read, wait = "SELECT pair, chosen, rejected FROM logps", trainer.accelerator.wait_for_everyone
     path.parent.mkdir(parents=True, exist_ok=True)
-    if is_main() and path.exists():
+    if trainer.accelerator.is_local_main_process and path.exists():  # HF_HOME may be each host's own
         try:
             with closing(sqlite3.connect(path)) as database:
                 database.execute(read).fetchall()
         except sqlite3.DatabaseError as error:
-            say(f"{path} is damaged ({error}): renamed to {set_aside(path, f'damaged-{path.name}')}")
+            with suppress(FileNotFoundError):  # another host that shares it was faster
+                say(f"{path} is damaged ({error}): renamed to {set_aside(path, f'damaged-{path.name}')}")
     wait()
     names = [name for name in ("train_dataset", "eval_dataset") if getattr(trainer, name) is not None]
     pairs = datasets.concatenate_datasets([getattr(trainer, name) for name in names])
@@ -829,8 +863,8 @@ def cache_reference(trainer: PreferenceTrainer, s: argparse.Namespace, path: Pat
         wait()  # all look before any adds, so that all divide the same work
         todo = [i for i, pair in enumerate(pairs["pair_hash"]) if pair not in known]
         say(f"reference log-probs: {len(pairs) - len(todo)} of {len(pairs)} pairs are in {path}")
-        mine = todo[trainer.accelerator.process_index :: trainer.accelerator.num_processes]
-        size = s.per_device_eval_batch_size
+        mine = todo[trainer.accelerator.local_process_index :: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))]
+        size = s.precompute_ref_batch_size or s.per_device_eval_batch_size
         for at in tqdm(range(0, len(mine), size), desc="reference", disable=None if is_main() and todo else True):
             rows = [pairs[i] for i in mine[at : at + size]]
             batch = trainer._prepare_inputs(trainer.data_collator(rows))
@@ -856,11 +890,10 @@ def cache_reference(trainer: PreferenceTrainer, s: argparse.Namespace, path: Pat
 
 
 def plan_shared_prefixes(input_ids, attention_mask):
-    """Lay out a batch of pairs as one packed row of its T distinct tokens: integer work, on the CPU.
+    """Lay out pairs, given as ids and mask (2B, L) padded on the right (rejected of row i is row i + B), on the CPU.
 
-    Takes ids and mask (2B, L), padded on the right: row i is chosen, row i + B its rejected. Returns the packed ids
-    and positions (1, T); the places in the packed row of the sequences' K keys (K,) and of the padded batch (2B, L);
-    the sequences' bounds (2B + 1,), and their lengths as plain integers, so that no reader waits for the GPU.
+    Returns ids and positions (1, T) of the packed row; the places in it of the sequences' K keys (K,) and of the
+    padded batch (2B, L); the sequences' bounds (2B + 1,), and their lengths as integers: no reader waits for the GPU.
     """
     pairs, length = input_ids.shape[0] // 2, input_ids.shape[1]
     order = torch.arange(2 * pairs).view(2, pairs).T.flatten()  # chosen 0, rejected 0, chosen 1, rejected 1, ...
@@ -875,15 +908,11 @@ def plan_shared_prefixes(input_ids, attention_mask):
     place = torch.arange(2 * pairs * length).remainder(total).view(2 * pairs, length)
     place[packed] = torch.arange(total)
     place[1::2][shared] = place[0::2][shared]
-    lengths = {"query": packed.sum(1), "key": real.sum(1)}
-    return {
-        "input_ids": ids[packed][None],
-        "position_ids": packed.nonzero()[:, 1][None],
-        "key_index": place[real],
-        "row_index": place[order.argsort()],
-        **{f"{name}_bounds": F.pad(sizes.cumsum(0), (1, 0)).int() for name, sizes in lengths.items()},
-        **{f"{name}_lengths": sizes.tolist() for name, sizes in lengths.items()},
-    }
+    plan = {"input_ids": ids[packed][None], "position_ids": packed.nonzero()[:, 1][None], "key_index": place[real],
+            "row_index": place[order.argsort()]}  # fmt: skip
+    for name, sizes in (("query", packed.sum(1)), ("key", real.sum(1))):
+        plan |= {f"{name}_bounds": F.pad(sizes.cumsum(0), (1, 0)).int(), f"{name}_lengths": sizes.tolist()}
+    return plan
 
 
 @dataclass
@@ -894,25 +923,26 @@ class PreferenceCollator(DataCollatorForPreference):
 
     def torch_call(self, examples):
         batch = super().torch_call(examples)
-        plan = plan_shared_prefixes(batch["input_ids"], batch["attention_mask"]) if self.share_prefixes else None
-        return batch | ({"plan": plan} if plan else {})
-
-
-def kernel_takes(query, value):
-    """Whether torch's variable-length kernel runs here: half precision on a recent NVIDIA card, heads of one size."""
-    size, half = query.shape[-1], query.dtype in (torch.bfloat16, torch.float16)
-    recent = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    return recent and half and size == value.shape[-1] <= 256 and size % 8 == 0
+        if self.share_prefixes:
+            batch["plan"] = plan_shared_prefixes(batch["input_ids"], batch["attention_mask"])
+        return batch
 
 
 @functools.cache
 def varlen_kernel():
-    """`varlen_attn`, causal and with grouped heads, which torch 2.10 to 2.13 name differently."""
+    """torch's variable-length attention, causal and with grouped heads, which torch 2.10 to 2.13 name differently."""
     from torch.nn.attention.varlen import varlen_attn
 
     options = {"window_size": (-1, 0), "is_causal": True, "enable_gqa": True}
     known = inspect.signature(varlen_attn).parameters
     return functools.partial(varlen_attn, **{name: options[name] for name in options if name in known})
+
+
+def kernel_takes(query, value):
+    """Whether that kernel runs here: half precision on a recent NVIDIA card, heads of one size."""
+    size, half = query.shape[-1], query.dtype in (torch.bfloat16, torch.float16)
+    recent = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return recent and half and size == value.shape[-1] <= 256 and size % 8 == 0
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, shared_prefixes=None, **kwargs):
@@ -927,18 +957,16 @@ def shared_prefix_attention(module, query, key, value, attention_mask, shared_pr
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype  # as SDPA casts
     query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # (T, heads, D)
     key, value = (x.index_select(0, plan["key_index"]) for x in (key, value))  # (K, Hkv, D)
-    if kernel_takes(query, value):  # all sequences in one launch
-        bounds = plan["query_bounds"], plan["key_bounds"]
-        longest = max(plan["query_lengths"]), max(plan["key_lengths"])
-        scaled = {} if scale in (None, query.shape[-1] ** -0.5) else {"scale": scale}  # torch 2.10 has one scale only
-        return varlen_kernel()(query, key, value, *bounds, *longest, **scaled)[None], None
-    return attend_one_by_one(query, key, value, plan, scale)[None], None
+    if not kernel_takes(query, value):
+        return attend_one_by_one(query, key, value, plan, scale)[None], None
+    longest = max(plan["query_lengths"]), max(plan["key_lengths"])
+    scaled = {} if scale in (None, query.shape[-1] ** -0.5) else {"scale": scale}  # torch 2.10 has one scale only
+    return varlen_kernel()(query, key, value, plan["query_bounds"], plan["key_bounds"], *longest, **scaled)[None], None
 
 
 def attend_one_by_one(query, key, value, plan, scale):
     """SDPA sequence after sequence: (T, Hq, D), (K, Hkv, D) twice to (T, Hq, D)."""
-    outputs = []
-    sizes = plan["query_lengths"], plan["key_lengths"], plan["key_lengths"]
+    outputs, sizes = [], (plan["query_lengths"], plan["key_lengths"], plan["key_lengths"])
     for parts in zip(*map(torch.split, (query, key, value), sizes), strict=True):
         q, k, v = (x.transpose(0, 1)[None] for x in parts)  # (1, heads, tokens, D)
         queries, keys, mask = q.shape[2], k.shape[2], None
@@ -947,6 +975,30 @@ def attend_one_by_one(query, key, value, plan, scale):
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
         outputs.append(out[0].transpose(0, 1))
     return torch.cat(outputs)
+
+
+def share_prefixes(model):
+    """Let a causal language model, not yet wrapped by PEFT, run batches that carry a plan as one packed row."""
+
+    def pack(backbone, args, kwargs):
+        plan = kwargs.pop("plan", None)
+        if plan is not None:
+            kwargs |= {"input_ids": plan["input_ids"], "position_ids": plan["position_ids"], "shared_prefixes": plan}
+            kwargs["attention_mask"] = plan["input_ids"][None, None]  # a 4-D mask is handed on as it is; none reads it
+        return args, kwargs
+
+    def unpack(backbone, args, kwargs, output):  # hidden states (1, T, H) to the padded (2B, L, H) that TRL expects
+        plan = kwargs.pop("shared_prefixes", None)
+        if plan is not None:
+            hidden = output.last_hidden_state[0].index_select(0, plan["row_index"].flatten())
+            output.last_hidden_state = hidden.view(*plan["row_index"].shape, -1)
+        return output
+
+    transformers.AttentionInterface.register("shared_prefixes", shared_prefix_attention)
+    transformers.AttentionMaskInterface.register("shared_prefixes", sdpa_mask)
+    model.set_attn_implementation("shared_prefixes")
+    model.base_model.register_forward_pre_hook(pack, with_kwargs=True)
+    model.base_model.register_forward_hook(unpack, with_kwargs=True)
 
 
 def why_not_shared(model, settings=None):
@@ -974,33 +1026,6 @@ def why_not_shared(model, settings=None):
     }
     # fmt: on
     return next((reason for reason, applies in reasons.items() if applies), None)
-
-
-def share_prefixes(model):
-    """Let a causal language model, not yet wrapped by PEFT, run batches that carry a plan as one packed row."""
-
-    def pack(backbone, args, kwargs):
-        plan = kwargs.pop("plan", None)
-        if plan is not None:
-            # Transformers hands a 4-D mask on as it is and builds none; the attention does not look at it.
-            mask = plan["input_ids"][None, None]
-            kwargs |= {"input_ids": plan["input_ids"], "position_ids": plan["position_ids"], "attention_mask": mask}
-            kwargs["shared_prefixes"] = plan
-        return args, kwargs
-
-    def unpack(backbone, args, kwargs, output):  # hidden states (1, T, H) to the padded (2B, L, H) that TRL expects
-        plan = kwargs.pop("shared_prefixes", None)
-        if plan is not None:
-            rows = plan["row_index"]
-            hidden = output.last_hidden_state[0].index_select(0, rows.flatten())
-            output.last_hidden_state = hidden.view(*rows.shape, -1)
-        return output
-
-    transformers.AttentionInterface.register("shared_prefixes", shared_prefix_attention)
-    transformers.AttentionMaskInterface.register("shared_prefixes", sdpa_mask)
-    model.set_attn_implementation("shared_prefixes")
-    model.base_model.register_forward_pre_hook(pack, with_kwargs=True)
-    model.base_model.register_forward_hook(unpack, with_kwargs=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ the plan
@@ -1035,7 +1060,7 @@ def make_plan(s, args, start, train, held_out) -> tuple[list[str], list[str]]:
     padded = sum(2 * len(rows) * rows.max() for rows in np.split(longest, range(size, len(longest), size)))
     largest = int(np.sort(needed)[-size:].sum()), int(2 * size * longest.max())
     total, trained, gib, reason = measure_model(s, start, *largest)
-    disk = gib["adapter"] * (3 * (s.save_total_limit or 1) + 1) + gib["weights"] * s.merge
+    disk = gib["adapter"] * (3 * (s.save_total_limit or 1) + 1) + gib["weights"] * (s.merge + s.fresh_adapter)
     terms = zip(s.loss_weights or [1] * len(s.loss_type), s.loss_type)
     goal = " + ".join(f"{weight:g} x {OBJECTIVES[name]}" for weight, name in terms).removeprefix("1 x ")
     same = "; equals sigmoid, as label_smoothing is 0" if s.loss_type == ["robust"] and not s.label_smoothing else ""
@@ -1058,8 +1083,8 @@ def make_plan(s, args, start, train, held_out) -> tuple[list[str], list[str]]:
         "memory": f"{', '.join(f'{name} {size:.2f}' for name, size in gib.items())}: {sum(gib.values()):.2f} GiB",
         "disk": f"{disk:.2f} GiB in {s.output_dir}",
     }  # fmt: skip
-    text = [f"{name:>10}  {value}" for name, value in lines.items()]
-    return text[:8], text[8:]
+    text, short = [f"{name:>10}  {value}" for name, value in lines.items()], list(lines).index("output") + 1
+    return text[:short], text[short:]
 
 
 # ------------------------------------------------------------------------------------------------------------- insight
@@ -1129,6 +1154,7 @@ class Report(transformers.TrainerCallback):
         hidden = args.disable_tqdm or not is_main() or None  # None: only on a terminal
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, disable=hidden)
         if state.global_step:
+            state.compute_steps(args, state.max_steps)  # the checkpoint has the save_steps of the run that wrote it
             self.trainer.restore_averages(self.folder / f"checkpoint-{state.global_step}")
         for i in range(len(state.log_history)):  # what was said before the interruption is not said again
             self.advice = advise(state.log_history[: i + 1], self.s) | self.advice
@@ -1281,8 +1307,8 @@ def summarize(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report)
 MANIFEST = "manifest.json"  # in each whole checkpoint: its files and their digests, the data's hash, running averages
 # fmt: off
 FREE = {  # settings in which a run and its continuation may differ: the result stays the same, up to rounding
-    "output_dir", "overwrite", "dry_run", "per_device_train_batch_size", "per_device_eval_batch_size", "merge", "fsdp",
-    "gradient_accumulation_steps", "report_to", "run_name", "disable_tqdm", "log_level", "dataloader_num_workers",
+    "output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "merge", "fsdp",
+    "report_to", "run_name", "disable_tqdm", "log_level", "dataloader_num_workers",
     "dataset_num_proc", "sample_prompts", "ddp_timeout", "save_steps", "precompute_ref_log_probs", "share_prefixes",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "fsdp_config", "deepspeed", "local_rank", "use_cpu",
     "save_total_limit",
@@ -1303,7 +1329,15 @@ def set_aside(path: Path, name: str) -> str:
 
 
 def settings_yaml(s: argparse.Namespace) -> str:
-    skipped = ("given", "planned_steps", "hub_token", "overwrite", "dry_run", "gradient_accumulation_steps")
+    skipped = (
+        "given",
+        "planned_steps",
+        "revisions",
+        "hub_token",
+        "overwrite",
+        "dry_run",
+        "gradient_accumulation_steps",
+    )
     packages = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
     made = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     values = {name: value for name, value in vars(s).items() if name not in skipped and value != []}
@@ -1361,8 +1395,8 @@ def resume_point(trainer: PreferenceTrainer, folder: Path) -> str | None:
             say(f"{path.name} is not whole: renamed to {set_aside(path, f'incomplete-{path.name}')}")
     trainer.accelerator.wait_for_everyone()
     newest = next(reversed(sort_checkpoints(str(folder))), None)
-    if newest and any(Path(newest).glob("pytorch_model_fsdp*")) != is_sharded():
-        way = f"was written {'without' if is_sharded() else 'under'} FSDP: launch as before"
+    if newest and any(Path(newest).glob("pytorch_model_fsdp*")) != trainer.is_fsdp_enabled:
+        way = f"was written {'without' if trainer.is_fsdp_enabled else 'under'} FSDP: launch as before"
         raise UserError(f"{newest} {way}, or choose another output_dir")
     if newest and json.loads(Path(newest, MANIFEST).read_text(encoding="utf-8"))["data"] != trainer.data_hash:
         ways = "restore them, choose another output_dir, or `--overwrite true`"
@@ -1379,14 +1413,17 @@ class Interruption(transformers.TrainerCallback):
 
     def receive(self, number, frame):
         self.signal = number
-        self.on_train_end(None, None, None)
+        self.give_back()
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def give_back(self):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.give_back()
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.world_size > 1:  # the processes may have heard it at different steps
@@ -1406,6 +1443,7 @@ def merge_adapter(trainer: PreferenceTrainer, s: argparse.Namespace) -> None:
         after = torch.stack([merged(row).logits[0, -1].float() for row in rows])
     for part in (merged, trainer.processing_class):
         part.save_pretrained(f"{folder}.incomplete")
+    shutil.rmtree(folder, ignore_errors=True)  # the same, of an end that was cut off later
     os.rename(f"{folder}.incomplete", folder)
     same = (before.argmax(-1) == after.argmax(-1)).sum()
     say(f"merged: next-token logits of {len(rows)} prompts differ by {(before - after).abs().max():.2g} at most from "
@@ -1419,6 +1457,7 @@ def finish(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) ->
     if is_main():
         if s.merge and not is_sharded():
             merge_adapter(trainer, s)
+        draw_rewards(trainer.state.log_history, s, Path(s.output_dir, "rewards.png"))
         summary = summarize(trainer, s, report)
         trainer.create_model_card(model_name=Path(s.output_dir).name, dataset_name=s.dataset_name)
         with open(Path(s.output_dir, "README.md"), "a", encoding="utf-8") as card:
@@ -1485,6 +1524,7 @@ def run(argv: list[str]) -> None:
     problems, machine = problems + settle(check_settings, s), settle(check_machine, s)
     if problems or (machine and not s.dry_run):
         raise UserError("\n".join(problems + machine))
+    is_new = not os.path.exists(s.output_dir)
     with open_output(s):
         fresh = s.dry_run or s.overwrite  # other processes must not see what the main one is about to move aside
         if not fresh and Path(s.output_dir, "adapter_config.json").exists():
@@ -1494,8 +1534,8 @@ def run(argv: list[str]) -> None:
             args, start, train, held_out = prepare(s)
             trainer = None if s.dry_run else settle(build_trainer, s, args, start, train, held_out)
         except UserError:
-            if not s.dry_run and is_main() and os.listdir(s.output_dir) == [".lock"]:
-                shutil.rmtree(s.output_dir)  # a refused start leaves nothing behind
+            if is_new and not s.dry_run and is_main() and os.listdir(s.output_dir) == [".lock"]:
+                shutil.rmtree(s.output_dir, ignore_errors=True)  # a refused start leaves nothing behind
             raise
         if trainer is not None:
             if is_main():
@@ -1519,8 +1559,9 @@ def main(argv: list[str] | None = None) -> int:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         message, status = f"{error}: make room on the disk, then run the same command again", 1
-    if is_main():
-        print(f"dpotrainer: {message}", file=sys.stderr, flush=True)
+    if is_main() or status == 1:  # a mistake is everybody's, a fault may be one process's alone
+        who = "dpotrainer" if is_main() else f"dpotrainer, process {os.environ['RANK']}"
+        print(f"{who}: {message}", file=sys.stderr, flush=True)
     return status
 
 

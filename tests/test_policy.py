@@ -506,6 +506,15 @@ def test_a_sliding_window_is_not_shared_and_trains(data, train, tmp_path):
     check_evaluation(output, model, data, model)
 
 
+def test_a_router_loss_is_not_shared_and_not_part_of_the_evaluation(data, train, tmp_path):
+    experts = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
+    model = tiny.make_model(tmp_path / "model", "qwen3_moe", **experts)
+    output, printed = train(model, "run", router_aux_loss_coef=0.1)
+    assert re.search(r"prefixes +not shared: .*router", printed)
+    check_evaluation(output, model, data, model)
+    assert tiny.losses(output)[1] > 0.6931 + 0.05, "the router's loss is trained on"
+
+
 def test_nothing_in_the_program_names_a_model_but_the_constants():
     source = tiny.PROGRAM.read_text(encoding="utf-8")
     beyond = source.split("end of edits")[1]

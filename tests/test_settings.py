@@ -138,6 +138,30 @@ def test_a_misspelt_constant_is_refused(tmp_path, refuse):
     assert "BETTA" in message and "did you mean beta?" in message.lower()
 
 
+@pytest.mark.parametrize("name, setting", [("GLOBAL_BATCH_SIZE", "global_batch_size"), ("EVAL_PAIRS", "eval_pairs")])
+def test_a_constant_that_was_taken_out_is_missed(name, setting, tmp_path, inputs, capsys):
+    program = edit_constants(tmp_path, **{name: f"# {name}"})
+    flags = [flag for flag in tiny.settings(*inputs, tmp_path / "out") if flag]
+    at = flags.index(f"--{setting}")
+    assert program.main(flags[:at] + flags[at + 2 :]) == 2
+    assert f"{setting}=None: must lie between" in capsys.readouterr().err
+
+
+def test_other_settings_may_stand_among_the_constants(tmp_path, refuse):
+    lines = "BETA = 0.1\nWEIGHT_DECAY = 0.25\nPER_DEVICE_EVAL_BATCH_SIZE = 3"
+    settings, problems = edit_constants(tmp_path, BETA=lines).parse_settings([])
+    assert problems == [] and dpotrainer.check_batch(settings) == []
+    assert (settings.weight_decay, settings.per_device_eval_batch_size) == (0.25, 3)
+    program = edit_constants(tmp_path, BETA="BETA = 0.1\nGRADIENT_ACCUMULATION_STEPS = 3")
+    assert "GRADIENT_ACCUMULATION_STEPS follows from GLOBAL_BATCH_SIZE" in refuse(program=program)
+
+
+def test_the_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings, _ = dpotrainer.parse_settings(["--output_dir=~/out", "--model_name_or_path=~/model"])
+    assert settings.output_dir == f"{tmp_path}/out" and settings.model_name_or_path == f"{tmp_path}/model"
+
+
 def test_a_constant_too_many_is_refused(tmp_path, refuse):
     assert "MAX_LENGHT" in refuse(program=edit_constants(tmp_path, BETA="BETA = 0.1\nMAX_LENGHT = 3"))
 
@@ -183,11 +207,20 @@ def test_a_wrong_type_in_a_constant_is_refused(tmp_path, refuse):
     assert "beta" in message and "a lot" in message
 
 
-@pytest.mark.parametrize("text", ["beta: [0.1", "\tbeta: 1", "- beta\n- 0.1\n", "beta 0.1", "", "3", "a: &a [*a]"])
+@pytest.mark.parametrize(
+    "text", ["beta: [0.1", "env: 3", "\tbeta: 1", "- beta\n- 0.1\n", "beta 0.1", "", "3", "a: &a [*a]"]
+)
 def test_yaml_that_is_no_mapping_is_refused(text, tmp_path, refuse):
     file = tmp_path / "my.yaml"
     file.write_text(text)
     assert "my.yaml" in refuse("--config", file)
+
+
+def test_env_of_a_file_written_for_trl_is_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("DPO_TEST", "before")
+    file = write_yaml(tmp_path / "my.yaml", env={"DPO_TEST": 3}, beta=0.2)
+    settings, problems = dpotrainer.parse_settings(["--config", str(file)])
+    assert problems == [] and settings.beta == 0.2 and os.environ["DPO_TEST"] == "3" and not hasattr(settings, "env")
 
 
 def test_a_config_that_cannot_be_read_is_refused(tmp_path, refuse):
@@ -277,6 +310,10 @@ CLASHES = [  # setting, flags that make it clash, the environment that goes with
     ("padding_free", ["--padding_free", "true"], {}),
     ("truncation_mode", ["--truncation_mode", "keep_end"], {}),
     ("train_sampling_strategy", ["--train_sampling_strategy", "batch_rebalance"], {}),
+    ("train_sampling_strategy", ["--train_sampling_strategy", "group_by_length"], {}),
+    ("eval_do_concat_batches", ["--eval_do_concat_batches", "false"], {}),
+    ("reference", ["--reference", "adapter", "--fresh_adapter", "true"], {}),
+    ("model_init_kwargs", ["--model_init_kwargs", '{"a": 1}'], {}),
     ("trust_remote_code", ["--trust_remote_code", "true"], {}),
     ("hub_token", ["--hub_token", "hf_secret"], {}),
     ("dataset_streaming", ["--dataset_streaming", "true"], {}),
@@ -314,7 +351,7 @@ def test_a_token_is_not_repeated_in_the_message(refuse):
 @pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "~/nowhere", "two/folders/deep", ""])
 def test_paths_that_do_not_exist_are_refused(name, path, refuse, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert f"{name}={path}: " in refuse(f"--{name}={path}", "--reference", "copy")
+    assert f"{name}={os.path.expanduser(path)}: " in refuse(f"--{name}={path}", "--reference", "copy")
 
 
 def test_a_data_file_that_does_not_exist_is_refused(refuse):

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +35,7 @@ CONFIGS = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "gemma": GemmaConfig,
+    "qwen3_moe": Qwen3MoeConfig,
 }
 TEMPLATE = """\
 {%- for message in messages %}
