@@ -1,13 +1,15 @@
 """The dry run: every number of the plan against an independent count, and the pair as the model sees it."""
 
+import argparse
 import json
 import re
 
 import numpy as np
 import pytest
 import tiny
+import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 import dpotrainer
 
@@ -125,3 +127,47 @@ def test_prefixes_that_nobody_wants_shared_are_not(dry_run, tmp_path, capsys):
     assert dpotrainer.main(flags) == 0 and "prefixes  shared" in capsys.readouterr().out
     assert dpotrainer.main([*flags, "--share_prefixes", "false"]) == 0
     assert "prefixes  not shared: `share_prefixes: false`" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_those_that_a_layer_keeps(checkpointing):
+    """The estimate per layer and token against the tensors that autograd saves, counted, in a bf16 layer with LoRA."""
+    tokens, settings = 128, dpotrainer.parse_settings(["--dtype", "bfloat16", "--lora_r", "4"])[0]
+    settings.gradient_checkpointing = checkpointing
+    shape = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 8, "num_key_value_heads": 2}
+    estimated, counted = [], []
+    for layers in (1, 2):
+        config = Qwen3Config(**shape, head_dim=128, num_hidden_layers=layers, vocab_size=512)
+        start = argparse.Namespace(config=config, continues=False, reference="auto")
+        _, _, gib, _ = dpotrainer.measure_model(settings, start, tokens, tokens)
+        estimated.append(gib["activations (an estimate)"] * 2**30)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        dpotrainer.share_prefixes(model)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")).train()
+        for module in model.modules():
+            if hasattr(module, "cast_input_dtype_enabled"):
+                module.cast_input_dtype_enabled = False  # as the program does on a GPU
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        ids, saved = torch.randint(0, 512, (2, tokens // 2)), {}
+        plan = dpotrainer.plan_shared_prefixes(ids, torch.ones_like(ids))
+        own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+        kept = []  # so that no place is used twice
+
+        def count(tensor, saved=saved, kept=kept):
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)
+            return tensor
+
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
+        ):
+            model.base_model.model.model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), plan=plan, use_cache=False
+            )
+        assert plan["input_ids"].numel() == tokens
+        counted.append(sum(size for place, size in saved.items() if place not in own))
+    per_layer = [after - before for before, after in (estimated, counted)]
+    assert per_layer[0] == pytest.approx(per_layer[1], rel=0.05)
