@@ -40,6 +40,7 @@ import warnings
 from collections import defaultdict
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field, fields
+from numbers import Number
 from pathlib import Path
 from typing import Any, Literal
 
@@ -479,8 +480,8 @@ def measure_pair(prompt: list[int], chosen: list[int], rejected: list[int], max_
 def prepare_pair(row: dict, index: int, tokenizer, layout: str, options: dict, source: str) -> dict:
     """A row as it was read to the columns PREPARED; a pair dropped before it is tokenized has no tokens."""
     # arrow gives every struct of a column the keys of all of them, with None for those it had not
-    row = json.loads(json.dumps(dict(row), default=str),
-                     object_hook=lambda cell: {key: cell[key] for key in cell if cell[key] is not None})  # fmt: skip
+    text = json.dumps(dict(row), default=lambda cell: float(cell) if isinstance(cell, Number) else str(cell))
+    row = json.loads(text, object_hook=lambda cell: {key: cell[key] for key in cell if cell[key] is not None})
     where = f"{source}, row {index + 1}"
     pair = canonical_pair(row, layout, options["chat_strings"], where)
     texts, form = (pair, "") if isinstance(pair, str) else render_pair(pair, row, tokenizer, where)
@@ -488,12 +489,17 @@ def prepare_pair(row: dict, index: int, tokenizer, layout: str, options: dict, s
         return dict(zip(PREPARED, ([], [], [], 0, 0, texts, "")))
     encode = functools.partial(tokenizer, add_special_tokens=False, return_attention_mask=False, verbose=False)
     alone, *whole = texts
-    ends = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+    ends = tuple(token.content for token in special)
     whole = [text if text.rstrip().endswith(ends) else text + tokenizer.eos_token for text in whole]
-    prompt, *both = encode([alone, *whole]).input_ids
+    # these tokens part a text: what precedes the prompt's last one is tokenized once instead of three times
+    parts = [token.content for token in special if not (token.lstrip or token.normalized)]
+    size = max([0, *map(alone.rfind, parts)])
+    head, tail, *both = encode([alone[:size], *(text[size:] for text in texts[:1] + whole)]).input_ids
     # where tokens merge across the boundary, the answer is tokenized apart: in use, it starts with a new token
-    answers = [ids[len(prompt) :] if ids[: len(prompt)] == prompt else encode(text[len(alone) :]).input_ids
+    answers = [ids[len(tail) :] if ids[: len(tail)] == tail else encode(text[len(alone) :]).input_ids
                for ids, text in zip(both, whole)]  # fmt: skip
+    prompt = head + tail
     if form == "none":  # raw text gets the bos, which a template writes itself
         marked = tokenizer("x").input_ids
         prompt = marked[: marked.index(encode("x").input_ids[0])] + prompt

@@ -1,5 +1,6 @@
 """The section `preferences`: layouts, checks, chat templates, splits, cache. Needs no network and no other file."""
 
+import datetime
 import json
 import math
 import tracemalloc
@@ -757,6 +758,16 @@ def test_lengths_follow_the_rows_of_a_selection(tokenizer, tmp_path):
         assert list(lengths) == ["prompt", "chosen", "rejected"]
         for side, values in lengths.items():
             assert values.tolist() == [len(ids) for ids in part[f"{side}_ids"]]
+
+
+def test_dates_and_tools_as_text_are_read(tokenizer, tmp_path):
+    """A turn may carry a date, which parquet keeps as one, and tools may be JSON in a string."""
+    turn = user("q") | {"at": datetime.datetime(2026, 1, 2)}
+    sides = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    rows = [{"prompt": [turn], **sides, "tools": "[]"}] * 3
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "pairs.parquet")
+    train, _, _ = dpotrainer.load_preferences(options(str(tmp_path / "pairs.parquet")), tokenizer)
+    assert len(train) == 3
 
 
 def test_hashes_are_the_same_everywhere_and_tell_pairs_apart():
