@@ -1300,7 +1300,7 @@ def summarize(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report)
              "saving"]  # fmt: skip
     if torch.cuda.is_initialized():
         lines.append(f"peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    for name, row in zip(("first", "last"), held_out[:1] + held_out[-1:]):
+    for name, row in zip(("first", "last"), held_out[:1] + held_out[1:][-1:]):
         figures = [f"{column} {row[f'eval_{column}']:.4f}" for column in COLUMNS if f"eval_{column}" in row]
         lines.append(f"held-out, {name} (step {row['step']}): {', '.join(figures)}")
     names = ("metrics.jsonl", "rewards.png", "samples.md", "merged")
