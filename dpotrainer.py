@@ -239,6 +239,18 @@ def parse_layer(parser, layer: str, settings: dict | list[list[str]], problems: 
     return values
 
 
+def read_yaml(config: str) -> dict[str, Any]:
+    """The settings in a YAML file; what it has under `env` is put into the environment, as `trl dpo` does."""
+    try:
+        content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {config}: {' '.join(str(error).split())}; give a readable YAML file") from None
+    if not isinstance(content, dict) or not isinstance(content.get("env", {}), dict):
+        raise UserError(f"--config {config}: holds no settings; write lines such as `beta: 0.1`")
+    os.environ |= {name: str(value) for name, value in content.pop("env", {}).items()}
+    return content
+
+
 def parse_settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Constants, then the YAML file, then flags, as one flat namespace, and all problems found on the way.
 
@@ -261,16 +273,8 @@ def parse_settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     constants = parse_layer(parser, "constants", constants, problems)
     words = re.split("\0(?=--)", "\0".join(argv)) if argv else []  # --beta 0.1 --bf16: [["--beta", "0.1"], ["--bf16"]]
     flags = parse_layer(parser, "command line", [group.split("\0") for group in words], problems)
-    config, from_file = flags.pop("config", None), {}
-    if config:
-        try:
-            from_file = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"--config {config}: {' '.join(str(error).split())}; give a readable YAML file") from None
-        if not isinstance(from_file, dict) or not isinstance(from_file.get("env", {}), dict):
-            raise UserError(f"--config {config}: holds no settings; write lines such as `beta: 0.1`")
-        os.environ |= {name: str(value) for name, value in from_file.pop("env", {}).items()}  # as `trl dpo` does
-        from_file = parse_layer(parser, config, from_file, problems)
+    config = flags.pop("config", None)
+    from_file = parse_layer(parser, config, read_yaml(config), problems) if config else {}
     values = {name: parser.get_default(name) for name in known} | constants | from_file | flags
     for name in PATHS:
         values[name] = values[name] and os.path.expanduser(values[name])
@@ -1315,11 +1319,10 @@ def summarize(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report)
 MANIFEST = "manifest.json"  # in each whole checkpoint: its files and their digests, the data's hash, running averages
 # fmt: off
 FREE = {  # settings in which a run and its continuation may differ: the result stays the same, up to rounding
-    "output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "merge", "fsdp",
-    "report_to", "run_name", "disable_tqdm", "log_level", "dataloader_num_workers",
-    "dataset_num_proc", "sample_prompts", "ddp_timeout", "save_steps", "precompute_ref_log_probs", "share_prefixes",
-    "gradient_checkpointing", "gradient_checkpointing_kwargs", "fsdp_config", "deepspeed", "local_rank", "use_cpu",
-    "save_total_limit",
+    "output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "merge", "fsdp", "report_to",
+    "run_name", "disable_tqdm", "log_level", "dataloader_num_workers", "dataset_num_proc", "sample_prompts",
+    "ddp_timeout", "save_steps", "precompute_ref_log_probs", "share_prefixes", "gradient_checkpointing",
+    "gradient_checkpointing_kwargs", "fsdp_config", "deepspeed", "local_rank", "use_cpu", "save_total_limit",
 }
 # fmt: on
 
@@ -1337,15 +1340,8 @@ def set_aside(path: Path, name: str) -> str:
 
 
 def settings_yaml(s: argparse.Namespace) -> str:
-    skipped = (
-        "given",
-        "planned_steps",
-        "revisions",
-        "hub_token",
-        "overwrite",
-        "dry_run",
-        "gradient_accumulation_steps",
-    )
+    skipped = {"given", "planned_steps", "revisions", "hub_token", "overwrite", "dry_run"}  # of one start only
+    skipped |= {"gradient_accumulation_steps"}  # derived
     packages = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
     made = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     values = {name: value for name, value in vars(s).items() if name not in skipped and value != []}
@@ -1561,8 +1557,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         message, status = str(error), error.status
     except torch.OutOfMemoryError:
-        message, status = "out of GPU memory: halve per_device_train_batch_size (the result stays the same), turn " \
-            "gradient_checkpointing on, lower max_length, or use configs/qwen3_8b_qlora.yaml", 1  # fmt: skip
+        message, status = "out of GPU memory: halve per_device_train_batch_size (only aot and sft then differ), " \
+            "turn gradient_checkpointing on, lower max_length, or use configs/qwen3_8b_qlora.yaml", 1  # fmt: skip
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -542,3 +543,41 @@ def test_chat_strings_are_wrapped_in_the_template(base, train, tmp_path):
     raw, _ = train(base, "c", data=tmp_path / "strings", eval_pairs=4)
     assert tiny.read_metrics(wrapped) == tiny.read_metrics(messages) != tiny.read_metrics(raw)
     assert abs(tiny.losses(raw)[1] - LN2) < 1e-6
+
+
+# --------------------------------------------------------------------------------------------- what only a GPU enters
+@pytest.mark.parametrize("scaler, stops", [(None, True), (object(), False)])
+def test_an_overflow_is_left_to_the_scaler_of_fp16(scaler, stops, monkeypatch):
+    trainer = object.__new__(dpotrainer.PreferenceTrainer)
+    trainer.accelerator, trainer.state = SimpleNamespace(scaler=scaler), SimpleNamespace(global_step=4)
+    trainer.args = SimpleNamespace(learning_rate=1e-3)
+    trainer.processing_class = SimpleNamespace(batch_decode=list)
+    monkeypatch.setattr(dpotrainer.trl.DPOTrainer, "_clip_grad_norm", lambda self, model: torch.tensor(torch.inf))
+    if stops:
+        with pytest.raises(dpotrainer.UserError, match="gradient is not finite at step 5"):
+            trainer._clip_grad_norm(None)
+    else:
+        assert trainer._clip_grad_norm(None) == torch.inf
+
+
+def test_the_base_that_an_adapter_pins_is_the_one_that_is_loaded(sft, data, tmp_path, monkeypatch):
+    pinned = shutil.copytree(sft, tmp_path / "pinned")
+    config = json.loads((pinned / "adapter_config.json").read_text())
+    (pinned / "adapter_config.json").write_text(json.dumps(config | {"revision": "v2"}))
+    asked, load = {}, dpotrainer.transformers.AutoConfig.from_pretrained
+
+    def watched(name, revision, **options):
+        asked[str(name)] = revision
+        return load(name, **options)
+
+    monkeypatch.setattr(dpotrainer.transformers.AutoConfig, "from_pretrained", watched)
+    dpotrainer.load_start(dpotrainer.parse_settings(tiny.settings(pinned, data, tmp_path / "out"))[0])
+    assert asked[config["base_model_name_or_path"]] == "v2"
+
+
+def test_a_prompt_learning_adapter_is_refused(sft, data, tmp_path, capsys):
+    prompts = shutil.copytree(sft, tmp_path / "prompts")
+    config = json.loads((prompts / "adapter_config.json").read_text())
+    (prompts / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "PROMPT_TUNING"}))
+    assert dpotrainer.main(tiny.settings(prompts, data, tmp_path / "out")) == 2
+    assert "is a prompt-learning adapter" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -584,3 +584,15 @@ def test_settings_of_our_own_are_documented():
     assert settings.share_prefixes and settings.reference == "auto"
     assert not (settings.merge or settings.dry_run or settings.overwrite or settings.chat_strings)
     assert all(field.metadata["help"] for field in dpotrainer.fields(dpotrainer.Settings))
+
+
+@pytest.mark.parametrize("rank, status, heard", [(0, 2, True), (1, 2, False), (0, 1, True), (1, 1, True)])
+def test_a_fault_of_any_process_is_told_and_a_mistake_once(rank, status, heard, monkeypatch, capsys):
+    def fail(argv):
+        raise dpotrainer.UserError("the reason", status=status)
+
+    monkeypatch.setattr(dpotrainer, "run", fail)
+    monkeypatch.setenv("RANK", str(rank))
+    assert dpotrainer.main([]) == status
+    err = capsys.readouterr().err
+    assert ("the reason" in err) == heard and ("process 1" in err) == (heard and rank == 1)
