@@ -58,8 +58,10 @@ from huggingface_hub.constants import HF_HOME
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import set_zero3_state
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -686,6 +688,8 @@ def load_start(s: argparse.Namespace) -> argparse.Namespace:
 
 def load_model(s, args, base: str, adapter: str | None, trainable: bool) -> tuple:
     """(causal LM on this process's one device, why it shares no prefixes or None), its adapter on top, or merged."""
+    if adapter and not trainable and is_deepspeed_zero3_enabled():
+        raise UserError(f"{adapter}: cannot be merged while ZeRO-3 shards its base; use fsdp2.yaml, or merge it before")
     options = {"dtype": s.dtype, "attn_implementation": s.attn_implementation, "trust_remote_code": False,
                "use_safetensors": True, "quantization_config": trl.get_quantization_config(s)}  # fmt: skip
     options |= {"device_map": {"": args.device}} if args.device.type == "cuda" and not is_sharded() else {}
@@ -1042,7 +1046,7 @@ def why_not_shared(model, settings=None):
 def measure_model(s, start, shared: int, padded: int) -> tuple[int, int, dict[str, float], str | None]:
     """Weights in all, and trained; GiB at so many tokens a batch; why prefixes are not shared: from shapes alone."""
     dtype, config = getattr(torch, s.dtype, torch.bfloat16), start.config.get_text_config()
-    with torch.device("meta"):
+    with torch.device("meta"), set_zero3_state():  # ZeRO-3 would part out weights that are not there
         model = transformers.AutoModelForCausalLM.from_config(start.config, dtype=dtype)
         reason = why_not_shared(model, s)
         lora = peft.PeftConfig.from_pretrained(start.adapter) if start.continues else trl.get_peft_config(s)
@@ -1399,9 +1403,9 @@ def resume_point(trainer: PreferenceTrainer, folder: Path) -> str | None:
             say(f"{path.name} is not whole: renamed to {set_aside(path, f'incomplete-{path.name}')}")
     trainer.accelerator.wait_for_everyone()
     newest = next(reversed(sort_checkpoints(str(folder))), None)
-    if newest and any(Path(newest).glob("pytorch_model_fsdp*")) != trainer.is_fsdp_enabled:
-        way = f"was written {'without' if trainer.is_fsdp_enabled else 'under'} FSDP: launch as before"
-        raise UserError(f"{newest} {way}, or choose another output_dir")
+    marks = {"pytorch_model_fsdp*": trainer.is_fsdp_enabled, "global_step*": trainer.is_deepspeed_enabled}
+    if newest and any(any(Path(newest).glob(mark)) != now for mark, now in marks.items()):
+        raise UserError(f"{newest} was sharded otherwise (not, by FSDP or by DeepSpeed): launch as before")
     if newest and json.loads(Path(newest, MANIFEST).read_text(encoding="utf-8"))["data"] != trainer.data_hash:
         ways = "restore them, choose another output_dir, or `--overwrite true`"
         raise UserError(f"dataset_name: its pairs are not those that {newest} was trained on; {ways}")

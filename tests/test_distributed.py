@@ -17,7 +17,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors import safe_open
 from test_run import compare_evaluation, send
 from torch.distributed.checkpoint import FileSystemReader
@@ -55,7 +55,9 @@ def cpu_config(name, folder) -> Path:
 def launcher_variables(config: Path) -> dict[str, str]:
     """What `accelerate launch --config_file` puts into the environment of each process."""
     args = launch_command_parser().parse_args(["--config_file", str(config), str(tiny.PROGRAM)])
-    variables = prepare_multi_gpu_env(_validate_launch_command(args)[0])
+    args, defaults, _ = _validate_launch_command(args)
+    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    variables = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
     return {name: value for name, value in variables.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
 
 
@@ -183,7 +185,8 @@ def test_accelerate_launch_equals_one_process_and_survives_sigterm(inputs, one, 
 
 def test_only_the_main_process_prints(run, one, tmp_path):
     main, other = run(2, sample_prompts=2)
-    assert not [line for line in other.splitlines() if line.strip() and "Loading weights" not in line], other
+    libraries = ("Loading weights", "real_accelerator.py")  # transformers, and DeepSpeed where it is installed
+    assert not [line for line in other.splitlines() if line.strip() and not any(map(line.count, libraries))], other
     assert len(re.findall(r"^ +\d+ +\d\.\d{4} ", main, flags=re.MULTILINE)) == 8 + 2 and main.count("policy  ") == 1
     same_trajectory(tmp_path / "out", one)
     assert (tmp_path / "out" / "samples.md").read_text().count("## ") == 4
@@ -289,6 +292,77 @@ def test_an_sft_start_is_sharded_too(sharded, run, inputs, tmp_path):
     alone = (tmp_path / "out").rename(tmp_path / "alone")
     sharded(model=sft, max_steps=3)
     same_trajectory(tmp_path / "out", alone)
+
+
+# -------------------------------------------------------------------------------------------------------------- ZeRO-3
+def zero3_on_cpu(program):
+    """Let accelerate use DeepSpeed on CPUs: DeepSpeed can, accelerate asks for it on GPUs alone."""
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+    first, train = AcceleratorState.__init__, program.PreferenceTrainer._save_checkpoint
+
+    def init(self, *args, deepspeed_plugin=None, **kwargs):
+        first(self, *args, deepspeed_plugin=deepspeed_plugin, **kwargs)
+        if deepspeed_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+            deepspeed_plugin.set_mixed_precision(self._mixed_precision)
+            deepspeed_plugin.select(_from_accelerator_state=True)
+            self.deepspeed_plugins = deepspeed_plugin
+
+    def save(self, *args):
+        shares = [p.ds_tensor.numel() / p.ds_numel for name, p in self.model.named_parameters() if "base_" in name]
+        print(f"in decoder layers: {shares.count(0.5)} of {len(shares)} sharded")
+        return train(self, *args)
+
+    AcceleratorState.__init__, program.PreferenceTrainer._save_checkpoint = init, save
+
+
+@pytest.fixture
+def zero3(run, tmp_path):
+    """As run, with two processes that share one model as zero3.yaml says."""
+    pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
+    variables = launcher_variables(cpu_config("zero3", tmp_path))
+    assert variables["ACCELERATE_USE_DEEPSPEED"] == "true" and variables["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "3"
+    return functools.partial(run, 2, zero3_on_cpu, variables=variables)
+
+
+def test_zero3_trains_an_sft_start(zero3, run, inputs, tmp_path):
+    from test_policy import make_adapter
+
+    sft = make_adapter(inputs[0], tmp_path / "sft", seed=5)
+    run(1, model=sft, max_steps=3)
+    alone = (tmp_path / "out").rename(tmp_path / "alone")
+    zero3(model=sft, max_steps=3)
+    same_trajectory(tmp_path / "out", alone)
+
+
+@pytest.mark.parametrize("settings", [{"fresh_adapter": True}, {"reference": "copy"}], ids=str)
+def test_zero3_refuses_to_merge_what_it_shards(settings, zero3, inputs, tmp_path):
+    from test_policy import make_adapter
+
+    main, _ = zero3(status=2, model=make_adapter(inputs[0], tmp_path / "sft", seed=5), **settings)
+    assert "cannot be merged while ZeRO-3 shards its base" in main and "Traceback" not in main
+
+
+def test_a_zero3_run_is_not_continued_otherwise(zero3, run, inputs, tmp_path):
+    """Without DeepSpeed the optimizer's state would be left behind, silently; one process cannot read two's."""
+    zero3(status=143, only=[(1, functools.partial(send, at=3, signals=[signal.SIGTERM]))])
+    before = tiny.tree(tmp_path / "out" / "checkpoint-3")
+    assert "checkpoint-3 was sharded otherwise" in run(1, status=2)[0]
+    assert tiny.tree(tmp_path / "out" / "checkpoint-3") == before
+
+
+def test_zero3_equals_one_process_and_saves_only_the_adapter(zero3, one, inputs, tmp_path):
+    """Interrupted and resumed, with activations recomputed; what is saved is whole."""
+    zero3(status=143, gradient_checkpointing=True, only=[(1, functools.partial(send, at=6, signals=[signal.SIGTERM]))])
+    printed = zero3(gradient_checkpointing=True)
+    sizes = [re.search(r"(\d+) of (\d+) sharded", text).groups() for text in printed]
+    assert all(part == whole != "0" for part, whole in sizes) and "continuing from" in printed[0]
+    same_trajectory(tmp_path / "out", one)
+    compare_evaluation(inputs[0], tmp_path / "out", inputs[1])
+    for checkpoint in (tmp_path / "out").glob("checkpoint-*"):
+        names = tensor_names(checkpoint)
+        assert names and all("lora_" in name for name in names), [name for name in names if "lora_" not in name]
 
 
 # ----------------------------------------------------------------------------------------------------- the files alone
