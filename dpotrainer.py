@@ -53,6 +53,7 @@ import torch.nn.functional as F
 import transformers
 import trl
 import yaml
+from accelerate.data_loader import SeedableRandomSampler
 from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HOME
 from matplotlib.figure import Figure
@@ -61,6 +62,7 @@ from tqdm.auto import tqdm
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import set_zero3_state
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
@@ -689,7 +691,7 @@ def load_start(s: argparse.Namespace) -> argparse.Namespace:
 def load_model(s, args, base: str, adapter: str | None, trainable: bool) -> tuple:
     """(causal LM on this process's one device, why it shares no prefixes or None), its adapter on top, or merged."""
     if adapter and not trainable and is_deepspeed_zero3_enabled():
-        raise UserError(f"{adapter}: cannot be merged while ZeRO-3 shards its base; use fsdp2.yaml, or merge it before")
+        raise UserError(f"{adapter}: cannot be merged while ZeRO-3 shards its base; use fsdp2.yaml, or merge it first")
     options = {"dtype": s.dtype, "attn_implementation": s.attn_implementation, "trust_remote_code": False,
                "use_safetensors": True, "quantization_config": trl.get_quantization_config(s)}  # fmt: skip
     options |= {"device_map": {"": args.device}} if args.device.type == "cuda" and not is_sharded() else {}
@@ -733,7 +735,38 @@ def build_trainer(s, args, start, train, held_out) -> "PreferenceTrainer":
     for module in trainer.model.modules() if args.bf16 and args.device.type == "cuda" else ():
         if hasattr(module, "cast_input_dtype_enabled"):  # PEFT casts up and autocast down again: lossless, not free
             module.cast_input_dtype_enabled = False
+    for layer in trainer.model.modules() if s.torch_compile else ():
+        if isinstance(layer, GradientCheckpointingLayer):  # transformers' mark of a decoder layer: alike, so one graph
+            layer.compile(backend=args.torch_compile_backend or "inductor", mode=args.torch_compile_mode, dynamic=True)
     return trainer
+
+
+class BalancedSampler(torch.utils.data.Sampler):
+    """The pairs in `order`, those of each optimizer step dealt out so that its forward passes have alike much to do.
+
+    Which pairs make a step stays as it was, and so does its gradient; but no process waits long for another, and no
+    pass needs much more memory than the others.
+    """
+
+    def __init__(self, order, needed: np.ndarray, size: int, passes: int):
+        self.order, self.needed, self.size, self.passes = order, needed, size, passes
+
+    def __len__(self):
+        return len(self.order)
+
+    def set_epoch(self, epoch: int):
+        self.order.set_epoch(epoch)
+
+    def __iter__(self):
+        order, step = np.array(list(self.order)), self.size * self.passes
+        for pairs in np.split(order, range(step, len(order), step)):
+            if len(pairs) == step:  # accelerate gives pass k to process k mod their number
+                ranked = pairs[np.argsort(-self.needed[pairs], kind="stable")]
+                hands = np.empty((self.passes, self.size), int)
+                for i, row in enumerate(ranked.reshape(self.size, self.passes)):  # the largest to who has least so far
+                    hands[np.argsort(self.needed[hands[:, :i]].sum(1), kind="stable"), i] = row
+                pairs = hands.flatten()
+            yield from pairs.tolist()
 
 
 class PreferenceTrainer(trl.DPOTrainer):
@@ -741,6 +774,19 @@ class PreferenceTrainer(trl.DPOTrainer):
 
     def _prepare_dataset(self, dataset, *_):
         return dataset  # load_preferences has tokenised and checked it
+
+    def _get_train_sampler(self, dataset=None):
+        order, args = super()._get_train_sampler(dataset), self.args
+        if not self.data_collator.share_prefixes or args.train_sampling_strategy != "random":
+            return order
+        order = SeedableRandomSampler(
+            order.data_source, data_seed=args.seed if args.data_seed is None else args.data_seed
+        )
+        needed, passes = (
+            np.array(self.train_dataset["needed_tokens"]),
+            args.gradient_accumulation_steps * args.world_size,
+        )
+        return BalancedSampler(order, needed, args.per_device_train_batch_size, passes)
 
     def require_finite(self, value, what: str, inputs: dict):
         if not math.isfinite(value):
@@ -959,6 +1005,7 @@ def kernel_takes(query, value):
     return recent and half and size == value.shape[-1] <= 256 and size % 8 == 0
 
 
+@torch.compiler.disable
 def shared_prefix_attention(module, query, key, value, attention_mask, shared_prefixes=None, **kwargs):
     """Attention of a packed row: query (1, Hq, T, D), key and value (1, Hkv, T, D) to (1, T, Hq, D).
 
@@ -1510,7 +1557,8 @@ def settle(build, *args, **kwargs):
 
 def prepare(s: argparse.Namespace) -> tuple:
     """Process group, tokenizer, pairs and plan: (arguments, start, train, held-out); the plan is printed."""
-    names = [f.name for f in fields(trl.DPOConfig) if f.init and f.name != "precompute_ref_log_probs"]
+    ours = {"precompute_ref_log_probs", "torch_compile"}  # what we do ourselves
+    names = [f.name for f in fields(trl.DPOConfig) if f.init and f.name not in ours]
     cpu = s.use_cpu or (s.dry_run and not torch.cuda.is_available())  # a plan can be made anywhere
     args = settle(trl.DPOConfig, **{name: getattr(s, name) for name in names} | {"use_cpu": cpu})  # joins the group
     start = load_start(s)

@@ -207,6 +207,29 @@ def test_accumulation_over_two_processes(run, one, tmp_path):
     same_trajectory(tmp_path / "out", one)
 
 
+def tell_sizes(program):
+    """Prints the pairs' needed tokens of each forward pass of the training."""
+    training_step = program.PreferenceTrainer.training_step
+
+    def told(self, model, inputs, *args):
+        tokens = torch.tensor(inputs["plan"]["query_lengths"]).view(-1, 2).sum(1)
+        print("tokens:", *tokens.tolist())
+        return training_step(self, model, inputs, *args)
+
+    program.PreferenceTrainer.training_step = told
+
+
+def test_processes_get_alike_much_to_do(run, one, tmp_path):
+    """Of each four pairs, one process has the largest and the smallest, the other those between."""
+    printed = run(2, tell_sizes)
+    first, second = (
+        [sorted(map(int, tokens.split())) for tokens in re.findall("tokens:(.*)", text)] for text in printed
+    )
+    assert len(first) == len(second) == 8
+    assert all(a[0] <= b[0] <= b[1] <= a[1] for a, b in zip(first, second))
+    same_trajectory(tmp_path / "out", one)
+
+
 def test_two_processes_fill_one_cache(run, one, tmp_path):
     cold, _ = run(2, precompute_ref_log_probs=True)
     found, total, path = re.search(r"(\d+) of (\d+) pairs are in (\S+)", cold).groups()

@@ -11,11 +11,14 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from matplotlib.figure import Figure
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -514,6 +517,41 @@ def test_a_router_loss_is_not_shared_and_not_part_of_the_evaluation(data, train,
     assert re.search(r"prefixes +not shared: .*router", printed)
     assert tiny.losses(output)[1] > LN2 + 0.05, "the router's loss is trained on"
     assert abs(tiny.evaluations(output)[-1]["eval_loss"] - LN2) < 1e-4, "nothing moved: the pairs' loss alone is ln 2"
+
+
+# -------------------------------------------------------------------------------------------------------- the order
+def test_passes_of_a_step_are_balanced_and_no_pair_changes_its_step():
+    """Against the same random order, undealt: 200 pairs of very different sizes, 8 passes of 4 in each step."""
+    rng = np.random.default_rng(0)
+    needed = rng.lognormal(6, 0.6, 200).astype(int)
+    order = SeedableRandomSampler(range(200), data_seed=3)
+    sampler = dpotrainer.BalancedSampler(order, needed, size=4, passes=8)
+    first, plain = list(sampler), list(SeedableRandomSampler(range(200), data_seed=3))
+    assert len(sampler) == 200 and sorted(first) == list(range(200))
+    for at in range(0, 200, 32):
+        assert set(first[at : at + 32]) == set(plain[at : at + 32])
+    assert first[192:] == plain[192:]  # the step that is not full
+    whole, undealt = (needed[np.array(some[:192])].reshape(-1, 8, 4).sum(2) for some in (first, plain))
+    assert ((whole.max(1) / whole.mean(1)) < (undealt.max(1) / undealt.mean(1))).all()
+    assert (whole.max(1) - whole.min(1)).mean() < 0.25 * (undealt.max(1) - undealt.min(1)).mean()
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert second != first and sorted(second) == list(range(200))
+    sampler.set_epoch(0)
+    assert list(sampler) == first
+
+
+def test_compiled_layers_train_the_same(base, data, train):
+    """Traced by dynamo, run as traced; the adapter's names are those of an uncompiled model."""
+    frames = torch._dynamo.utils.counters["frames"]
+    plain, _ = train(base, "plain")
+    traced = frames["ok"]
+    compiled, _ = train(base, "compiled", torch_compile=True, torch_compile_backend="eager")
+    assert frames["ok"] > traced
+    close(compiled, plain, 1e-5)
+    names = [set(load_file(folder / "adapter_model.safetensors")) for folder in (plain, compiled)]
+    assert names[0] == names[1]
+    torch._dynamo.reset()
 
 
 def test_nothing_in_the_program_names_a_model_but_the_constants():

@@ -25,6 +25,7 @@ def command(tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for _ in range(5)))
     paths = {"tokenizer": "tokenizer", "pairs": "pairs.jsonl", "output": "out.json"}
     options = {"device": "cpu", "model": "qwen3-2x64", "per_device": "2", "steps": "3", "repeats": "2"}
+    options |= {"processes": "2", "global_batch": "4"}
     options |= {name: str(tmp_path / path) for name, path in paths.items()}
     return [str(BENCHMARK), *(word for name, value in options.items() for word in (f"--{name}", value)), "--profile"]
 
@@ -50,5 +51,6 @@ def test_benchmark_prints_and_saves_what_it_measures(command, tmp_path, monkeypa
         seconds = [[step[0] for step in repeat] for repeat in result["steps"]["+ shared prefixes"]]
         assert ours["pairs/s"] == pytest.approx(6 / sum(sum(both) / 2 for both in zip(*seconds)))
         assert sum(ours["profile"].values()) > 0
+    assert saved["waiting"]["random"] == saved["waiting"]["balanced"] == [1, 1, 2 * 15]  # all pairs are alike
     printed = capsys.readouterr().out
     assert printed.count("| stock |") == printed.count("| + shared prefixes |") == 2

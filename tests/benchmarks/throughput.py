@@ -36,7 +36,9 @@ from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
@@ -75,6 +77,8 @@ def parse_arguments():
     parser.add_argument("--checkpointing", choices=("off", "on"), nargs="+", default=["off", "on"])
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=8, help="for the count of waiting")
+    parser.add_argument("--global_batch", type=int, default=64, help="for the count of waiting")
     parser.add_argument("--compile", action="store_true", help="add the row of compiled layers")
     parser.add_argument("--profile", action="store_true", help="add the time by kind of work, of one step of each row")
     parser.add_argument("--output", help="a JSON file for every figure")
@@ -207,6 +211,34 @@ def count_work(base, lora_weights, batches, arguments):
     return dict(work)
 
 
+def count_waiting(dataset, arguments):
+    """How much more than the mean the busiest process has to do, summed over steps: counted, not timed.
+
+    {order: [when processes meet after a step (DDP), after each pass (FSDP, ZeRO), tokens of the largest pass]}.
+    """
+    collator, size = dpotrainer.PreferenceCollator(0, arguments.max_length), arguments.per_device
+    needed = np.array([sum(collator([pair])["plan"]["query_lengths"]) for pair in dataset])
+    step = min(arguments.global_batch, len(needed) // (size * arguments.processes) * size * arguments.processes)
+    order, found = SeedableRandomSampler(range(len(needed) // step * step), data_seed=arguments.seed), {}
+    for name in ("random", "balanced"):
+        balanced = dpotrainer.BalancedSampler(order, needed, size, step // size)
+        tokens = []
+        for epoch in range(20):
+            balanced.set_epoch(epoch)
+            pairs = np.array(list(balanced if name == "balanced" else order))
+            tokens.append(needed[pairs].reshape(-1, step // size // arguments.processes, arguments.processes, size))
+        tokens = np.concatenate(tokens).sum(3)  # of each step, pass and process
+        mean = tokens.sum() / arguments.processes
+        found[name] = [tokens.sum(1).max(1).sum() / mean, tokens.max(2).sum() / mean, int(tokens.max())]
+    print(
+        f"\n| {arguments.processes} processes, {step} pairs per step | busiest to mean: step | pass | largest pass |"
+    )
+    print("| --- | --- | --- | --- |")
+    for name, (a_step, a_pass, largest) in found.items():
+        print(f"| {name} order | {a_step:.3f} | {a_pass:.3f} | {largest:,} tokens |", flush=True)
+    return found
+
+
 def ratio_to_stock(stock, repeats, field):
     """(median, least, greatest) over the repeats of stock's sum over its steps to this row's."""
     ratios = [sum(s[field] for s in old) / sum(s[field] for s in new) for old, new in zip(stock, repeats)]
@@ -281,6 +313,8 @@ def main():
     results = []
     for checkpointing in (choice == "on" for choice in arguments.checkpointing):
         trainers, batches = build_trainers(base, pairs, tokenizer, checkpointing, arguments)
+        if not results:
+            waiting = count_waiting(trainers["stock"].train_dataset, arguments)
         lora_weights = sum(w.numel() for w in trainers["stock"].model.parameters() if w.requires_grad)
         work, taken = count_work(base, lora_weights, batches, arguments), measure(trainers, batches, arguments)
         table = summarize(taken, work, rate)
@@ -292,7 +326,13 @@ def main():
         del trainers
         gc.collect()
     if arguments.output:
-        everything = {**machine, "matmul_flops": rate, "arguments": vars(arguments), "results": results}
+        everything = {
+            **machine,
+            "matmul_flops": rate,
+            "arguments": vars(arguments),
+            "waiting": waiting,
+            "results": results,
+        }
         Path(arguments.output).write_text(json.dumps(everything, indent=1) + "\n")
 
 
