@@ -33,15 +33,15 @@ import os
 import re
 import shutil
 import signal
-import sqlite3
 import sys
 import time
 import warnings
 from collections import defaultdict
-from contextlib import closing, nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from numbers import Number
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, Literal
 
 import datasets
@@ -887,8 +887,8 @@ def pair_metrics(scores) -> dict[str, float]:
     return {name: float(np.mean(value)) for name, value in values.items()}
 
 
-def reference_path(s: argparse.Namespace, start: argparse.Namespace) -> Path:
-    """The database of log-probs that depend on the same weights, dtype, quantisation and ld_alpha."""
+def reference_folder(s: argparse.Namespace, start: argparse.Namespace) -> Path:
+    """Where log-probs lie that depend on the same weights, dtype, quantisation and ld_alpha."""
     merged = bool(start.adapter) and (s.fresh_adapter or start.reference == "copy")
     what = [s.ld_alpha, s.dtype, s.bf16, s.fp16, s.load_in_4bit, s.load_in_8bit, s.bnb_4bit_quant_type,
             s.use_bnb_nested_quant, merged]  # fmt: skip
@@ -900,45 +900,44 @@ def reference_path(s: argparse.Namespace, start: argparse.Namespace) -> Path:
         files = [path.stat() for path in sorted(Path(name or os.devnull).glob("*.safetensors"))]
         what += [name, [(file.st_size, file.st_mtime_ns) for file in files] or commit]
     key = hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
-    return Path(HF_HOME, "dpotrainer", f"reference-{key}.sqlite")
+    return Path(HF_HOME, "dpotrainer", f"reference-{key}")
 
 
-def cache_reference(trainer: PreferenceTrainer, s: argparse.Namespace, path: Path) -> None:
-    """The reference's log-probs as columns, from a database that runs share; what is missing is computed and kept."""
-    read, wait = "SELECT pair, chosen, rejected FROM logps", trainer.accelerator.wait_for_everyone
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if trainer.accelerator.is_local_main_process and path.exists():  # HF_HOME may be each host's own
-        try:
-            with closing(sqlite3.connect(path)) as database:
-                database.execute(read).fetchall()
-        except sqlite3.DatabaseError as error:
-            with suppress(FileNotFoundError):  # another host that shares it was faster
-                say(f"{path} is damaged ({error}): renamed to {set_aside(path, f'damaged-{path.name}')}")
-    wait()
+KNOWN = np.dtype([("pair", "<i8"), ("logps", "<f8", 2)])  # of a pair, by its hash: chosen and rejected, in nats
+
+
+def cache_reference(trainer: PreferenceTrainer, s: argparse.Namespace, folder: Path) -> None:
+    """The reference's log-probs as columns, from files that runs share; what is missing is computed and kept."""
+
+    def read() -> dict[int, list[float]]:  # a torn end is no whole entry, and a lost block is zeros
+        known = np.concatenate([np.empty(0, KNOWN), *(np.fromfile(file, KNOWN) for file in folder.iterdir())])
+        known = known[(known["pair"] != 0) & (known["logps"] <= 0).all(1)]
+        return dict(zip(known["pair"].tolist(), known["logps"].tolist()))
+
+    folder.mkdir(parents=True, exist_ok=True)
     names = [name for name in ("train_dataset", "eval_dataset") if getattr(trainer, name) is not None]
-    pairs = datasets.concatenate_datasets([getattr(trainer, name) for name in names])
-    with closing(sqlite3.connect(path, timeout=600)) as database:
-        database.execute("CREATE TABLE IF NOT EXISTS logps (pair INTEGER PRIMARY KEY, chosen REAL, rejected REAL)")
-        known = {pair for pair, *_ in database.execute(read)}
-        wait()  # all look before any adds, so that all divide the same work
-        todo = [i for i, pair in enumerate(pairs["pair_hash"]) if pair not in known]
-        say(f"reference log-probs: {len(pairs) - len(todo)} of {len(pairs)} pairs are in {path}")
-        mine = todo[trainer.accelerator.local_process_index :: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))]
-        size = s.precompute_ref_batch_size or s.per_device_eval_batch_size
+    pairs, known = datasets.concatenate_datasets([getattr(trainer, name) for name in names]), read()
+    trainer.accelerator.wait_for_everyone()  # all look before any adds, so that all divide the same work
+    todo = [i for i, pair in enumerate(pairs["pair_hash"]) if pair not in known]
+    say(f"reference log-probs: {len(pairs) - len(todo)} of {len(pairs)} pairs are in {folder}")
+    # HF_HOME may be each host's own; a file of one's own needs no lock, and a kill costs one batch
+    mine = todo[trainer.accelerator.local_process_index :: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))]
+    size = s.precompute_ref_batch_size or s.per_device_eval_batch_size
+    with NamedTemporaryFile(dir=folder, buffering=0, delete=False) if mine else nullcontext() as file:
         for at in tqdm(range(0, len(mine), size), desc="reference", disable=None if is_main() and todo else True):
             rows = [pairs[i] for i in mine[at : at + size]]
             batch = trainer._prepare_inputs(trainer.data_collator(rows))
-            logps = trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch)
-            with database:  # commits: a kill costs one batch
-                values = zip([row["pair_hash"] for row in rows], *(part.tolist() for part in logps))
-                database.executemany("INSERT OR REPLACE INTO logps VALUES (?, ?, ?)", values)
-        wait()
-        logps = {pair: both for pair, *both in database.execute(read)}
+            logps = torch.stack(trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch), dim=1)
+            file.write(
+                np.array([(row["pair_hash"], both) for row, both in zip(rows, logps.tolist())], KNOWN).tobytes()
+            )
+    trainer.accelerator.wait_for_everyone()
+    known = read()
     for name in names:
         data = getattr(trainer, name)
-        columns = zip(("ref_chosen_logps", "ref_rejected_logps"), zip(*(logps[pair] for pair in data["pair_hash"])))
-        for column, values in columns:
-            data = data.add_column(column, list(values))
+        logps = np.array([known[pair] for pair in data["pair_hash"]])
+        for column, values in zip(("ref_chosen_logps", "ref_rejected_logps"), logps.T):
+            data = data.add_column(column, values)
         setattr(trainer, name, data)
     trainer.precompute_ref_logps = True
 
@@ -1535,7 +1534,7 @@ def train_policy(s: argparse.Namespace, trainer: PreferenceTrainer, start: argpa
         trainer.remove_callback(callback)
     trainer.callback_handler.callbacks += [report, interruption]
     if s.precompute_ref_log_probs:
-        cache_reference(trainer, s, reference_path(s, start))
+        cache_reference(trainer, s, reference_folder(s, start))
     trainer.train(resume_from_checkpoint=resume_point(trainer, Path(s.output_dir)))
     if interruption.signal:
         text = f"interrupted and saved at step {trainer.state.global_step}; the same command continues"

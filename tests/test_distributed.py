@@ -239,7 +239,7 @@ def test_two_processes_fill_one_cache(run, one, tmp_path):
         (tmp_path / "out").rename(tmp_path / "cold")
         assert "41 of 41 pairs" in run(2, precompute_ref_log_probs=True, max_steps=1)[0]
     finally:
-        Path(path).unlink()
+        shutil.rmtree(path)
 
 
 def be_late(program):
