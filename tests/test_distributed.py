@@ -242,6 +242,20 @@ def test_two_processes_fill_one_cache(run, one, tmp_path):
         shutil.rmtree(path)
 
 
+def own_cache(program, folder):
+    program.HF_HOME = str(folder)
+
+
+def test_hosts_with_caches_of_their_own_fill_both(run, one, tmp_path):
+    """Two hosts of one process each, as far as the program can tell: neither reads what the other has computed."""
+    homes = [tmp_path / "host-0", tmp_path / "host-1"]
+    caches = [(rank, functools.partial(own_cache, folder=home)) for rank, home in enumerate(homes)]
+    run(2, only=caches, variables={"LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0}, precompute_ref_log_probs=True)
+    same_trajectory(tmp_path / "out", one, 1e-5)
+    sizes = [sum(path.stat().st_size for path in home.rglob("*") if path.is_file()) for home in homes]
+    assert sizes == [41 * 24] * 2  # bytes: hash and two log-probs of each pair
+
+
 def be_late(program):
     time.sleep(2)
 

@@ -406,6 +406,15 @@ def test_a_process_of_its_own_ends_with_the_status_of_the_signal(inputs, tmp_pat
     assert not (tmp_path / "out" / "adapter_config.json").exists() and list((tmp_path / "out").glob("checkpoint-*"))
 
 
+def test_another_save_steps_is_heard_when_a_run_continues(run, stopped, finished, tmp_path):
+    """The checkpoint holds the one of the run that wrote it, 4."""
+    shutil.copytree(stopped, tmp_path / "out")
+    run(save_steps=5, save_total_limit=9)
+    kept = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}
+    assert kept == {"checkpoint-4", "checkpoint-6", "checkpoint-10", "checkpoint-12"}
+    assert tiny.losses(tmp_path / "out") == tiny.losses(finished[0])
+
+
 def test_another_batch_per_device_may_continue(run, stopped, finished, tmp_path):
     shutil.copytree(stopped, tmp_path / "out")
     run(per_device_train_batch_size=2, save_steps=5, sample_prompts=1)
