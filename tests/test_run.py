@@ -78,6 +78,19 @@ def same_result(folder: Path, expected: Path) -> None:
         assert tiny.hash_file(folder / name) == tiny.hash_file(expected / name), name
 
 
+def test_tensorboard_has_what_metrics_jsonl_has(run, tmp_path):
+    pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(report_to=["tensorboard"], max_steps=4)
+    events = EventAccumulator(str(next((tmp_path / "out" / "runs").iterdir()))).Reload()
+    for name in ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected"):
+        expected = {row["step"]: row[name] for row in tiny.read_metrics(tmp_path / "out") if name in row}
+        found = {event.step: event.value for event in events.Scalars(f"train/{name}")}
+        assert found == pytest.approx(expected, rel=1e-5) and len(found) == 4
+        assert len(events.Scalars(f"eval/{name}")) == 1
+
+
 # ------------------------------------------------------------------------------------- changes of the program, by name
 def at_step(program, step, do):
     """Call do(trainer) once, at the beginning of a training step."""
