@@ -1364,12 +1364,11 @@ FREE = (  # settings in which a run and its continuation may differ: the result 
     "dataloader_num_workers|dataset_num_proc|sample_prompts|ddp_timeout|local_rank|use_cpu|save_steps|save_total_limit|"
     "precompute_ref_log_probs|share_prefixes|gradient_checkpointing(_kwargs)?"
 )
-FULL_DISK = "No space left|quota exceeded|File too large|inline_container"  # the last is what torch.save says
 FAULTS = (  # kind and words of a library's error; exit status, 2 being a mistake found before training; what to do
     (torch.OutOfMemoryError, "", 1, "out of GPU memory: halve per_device_train_batch_size (only aot and sft then "
      "differ), turn gradient_checkpointing on, lower max_length, or use configs/qwen3_8b_qlora.yaml"),
-    (BaseException, FULL_DISK, 1, "a file could not be written, older checkpoints are untouched: make room on the "
-     "disk and run the same command again"),
+    (BaseException, "No space left|quota exceeded|File too large|inline_container", 1,  # the last one is torch.save's
+     "a file could not be written, older checkpoints are untouched: make room and run the same command again"),
     (Timeout, "", 2, "output_dir: another run is writing there; wait, or choose another"),
     ((ValueError, TypeError, ImportError, NotImplementedError), "", 2, "settings"),
 )  # fmt: skip
@@ -1388,8 +1387,8 @@ def set_aside(path: Path, name: str) -> str:
 
 
 def settings_yaml(s: argparse.Namespace) -> str:
-    left_out = {"given", "planned_steps", "revisions", "overwrite", "dry_run"}  # of one start only
-    left_out |= {"gradient_accumulation_steps"}  # derived
+    derived = {"given", "revisions", "planned_steps", "gradient_accumulation_steps"}
+    left_out = derived | {"overwrite", "dry_run"}  # repeated, they would do harm
     values = {name: value for name, value in vars(s).items() if name not in left_out and value != []}
     packages = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
     made = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
@@ -1399,13 +1398,13 @@ def settings_yaml(s: argparse.Namespace) -> str:
 
 def require_same(folder: Path | str, there: dict, here: dict) -> None:
     """Refuse to go on with what was begun otherwise, or not by this program: then nothing is known of it."""
-    names = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
-    names = [name for name in names if not re.fullmatch(FREE, name)]
-    if names:
-        changes = "".join(f"\n  {name}: {there.get(name)} there, {here.get(name)} here" for name in names if there)
+    names = sorted(name for name in {*there, *here} if not re.fullmatch(FREE, name))
+    changes = [f"{name}: {there.get(name)} there, {here.get(name)} here" for name in names
+               if there.get(name) != here.get(name)]  # fmt: skip
+    if changes:
         what = "a run with other settings" if there else "files that are no run of this program"
         ways = "choose another output_dir, or `--overwrite true`, which moves the old one aside"
-        raise UserError(f"{folder} holds {what}; {ways}{changes}")
+        raise UserError("\n  ".join([f"{folder} holds {what}; {ways}", *(changes if there else [])]))
 
 
 @contextmanager
@@ -1419,9 +1418,9 @@ def open_output(s: argparse.Namespace):
     folder.mkdir(parents=True, exist_ok=True)
     with lock:
         used = os.listdir(folder) != [".lock"]
+        before = settings.read_text(encoding="utf-8") if settings.exists() else ""
         if used:
-            before = settings.read_text(encoding="utf-8") if settings.exists() else "{}"
-            require_same(folder, yaml.safe_load(before), yaml.safe_load(settings_yaml(s)))
+            require_same(folder, yaml.safe_load(before) or {}, yaml.safe_load(settings_yaml(s)))
         try:
             yield
         finally:
@@ -1529,9 +1528,8 @@ def save_run(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) 
         trainer.create_model_card(model_name=folder.name, dataset_name=s.dataset_name)
         with open(folder / "README.md", "a", encoding="utf-8") as card:
             card.write(f"\n## This run\n\n![rewards, accuracies, loss](rewards.png)\n\n```text\n{summary}\n```\n")
-        beside = ("ref", "training_args.bin", "README.md")  # the starting adapter's copy, a pickle, PEFT's empty card
         for path in sorted(staged.iterdir(), key=lambda path: path.name == "adapter_config.json"):
-            if path.name not in beside:
+            if path.name not in ("ref", "training_args.bin", "README.md"):  # the start's copy, a pickle, an empty card
                 os.replace(path, folder / path.name)
         shutil.rmtree(staged)
         say("", summary)
