@@ -20,7 +20,6 @@ the run), metrics.jsonl, rewards.png, samples.md, checkpoint-N. The same command
 
 import argparse
 import difflib
-import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -37,7 +36,7 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from numbers import Number
 from pathlib import Path
@@ -57,7 +56,7 @@ from accelerate.data_loader import SeedableRandomSampler
 from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HOME
 from matplotlib.figure import Figure
-from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm.auto import tqdm
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -65,7 +64,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import set_zero3_state
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import global_then_local_main_first, use_adapter
@@ -737,7 +736,7 @@ def build_trainer(s, args, start, train, held_out) -> "PreferenceTrainer":
             module.cast_input_dtype_enabled = False
     for layer in trainer.model.modules() if s.torch_compile else ():
         if isinstance(layer, GradientCheckpointingLayer):  # transformers' mark of a decoder layer: alike, so one graph
-            layer.compile(backend=args.torch_compile_backend or "inductor", mode=args.torch_compile_mode, dynamic=True)
+            layer.compile(backend=s.torch_compile_backend or "inductor", mode=s.torch_compile_mode, dynamic=True)
     return trainer
 
 
@@ -838,41 +837,33 @@ class PreferenceTrainer(trl.DPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         """A checkpoint is whole once its manifest, written last, lists every file; only then do older ones go."""
+        averages = {name: vars(self)[name] for name in ("_globalstep_last_logged", "_total_train_tokens")}
+        averages |= {"metrics": dict(self._metrics["train"])}  # so far, of the log line to come
+        averages |= {"loss": self.accelerator.gather(self._tr_loss).mean().item()}
+        self.state.stateful_callbacks["averages"] = averages
         limit, self.args.save_total_limit = self.args.save_total_limit, None
-        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        try:
-            averages = {"_tr_loss": self.accelerator.gather(self._tr_loss).mean().item()}
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if is_main():
-                kept = ("_globalstep_last_logged", "_total_train_tokens")
-                averages |= {name: vars(self)[name] for name in kept}
-                manifest = {"data": self.data_hash, "files": digest_files(folder), "state": averages}
-                write_file(folder / MANIFEST, json.dumps(manifest | {"metrics": self._metrics["train"]}, indent=1))
-                rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
-        except (torch.OutOfMemoryError, torch.distributed.DistError):
-            raise
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises a RuntimeError
-            text = f"{folder} could not be written ({error}); older checkpoints are untouched"
-            raise UserError(f"{text}: make room on the disk and run the same command again", status=1) from error
-        finally:
-            self.args.save_total_limit = limit
+        super()._save_checkpoint(model, trial)
+        self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if is_main():
+            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+            manifest = {"trained on": self.trained_on, "files": digest_files(folder)}
+            write_file(folder / MANIFEST, json.dumps(manifest, indent=1))
+            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
 
-    def restore_averages(self, folder: Path) -> None:
+    def restore_averages(self) -> None:
         """So that the first log line after a resume averages over the steps before it too."""
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        self._tr_loss += manifest["state"].pop("_tr_loss")
-        vars(self).update(manifest["state"])
-        self._metrics["train"] = defaultdict(list, manifest["metrics"])
+        averages = dict(self.state.stateful_callbacks["averages"])
+        self._tr_loss += averages.pop("loss")
+        self._metrics["train"].update(averages.pop("metrics"))
+        vars(self).update(averages)
 
     def save_model(self, output_dir=None, _internal_call=False):
-        """The adapter alone, gathered where FSDP shards it."""
+        """The adapter alone, gathered where FSDP shards it: transformers would gather all weights, or none."""
         if not self.is_fsdp_enabled:
             return super().save_model(output_dir, _internal_call)
-        trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
-        whole = {name: getattr(weight, "full_tensor", weight.detach)() for name, weight in trained.items()}
-        if self.args.should_save:
-            self._save(output_dir, state_dict={name: weight.detach().cpu() for name, weight in whole.items()})
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        self._save(output_dir, get_model_state_dict(self.model, options=options))
 
 
 def pair_metrics(scores) -> dict[str, float]:
@@ -1217,7 +1208,7 @@ class Report(transformers.TrainerCallback):
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, disable=hidden)
         if state.global_step:
             state.compute_steps(args, state.max_steps)  # the checkpoint has the save_steps of the run that wrote it
-            self.trainer.restore_averages(self.folder / f"checkpoint-{state.global_step}")
+            self.trainer.restore_averages()
         for i in range(len(state.log_history)):  # what was said before the interruption is not said again
             self.advice = advise(state.log_history[: i + 1], self.s) | self.advice
         if is_main():  # lines after the checkpoint, or torn by a crash, go, and come again
@@ -1366,15 +1357,20 @@ def summarize(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report)
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
-MANIFEST = "manifest.json"  # in each whole checkpoint: its files and their digests, the data's hash, running averages
-# fmt: off
-FREE = {  # settings in which a run and its continuation may differ: the result stays the same, up to rounding
-    "output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "merge", "fsdp", "report_to",
-    "run_name", "disable_tqdm", "log_level", "dataloader_num_workers", "dataset_num_proc", "sample_prompts",
-    "ddp_timeout", "save_steps", "precompute_ref_log_probs", "share_prefixes", "gradient_checkpointing",
-    "gradient_checkpointing_kwargs", "fsdp_config", "deepspeed", "local_rank", "use_cpu", "save_total_limit",
-}
-# fmt: on
+MANIFEST = "manifest.json"  # in each whole checkpoint: the digests of its files, and what it was trained on
+FREE = (  # settings in which a run and its continuation may differ: the result stays the same, up to rounding
+    "output_dir|per_device_.*_batch_size|merge|fsdp|fsdp_config|deepspeed|report_to|run_name|disable_tqdm|log_level|"
+    "dataloader_num_workers|dataset_num_proc|sample_prompts|ddp_timeout|local_rank|use_cpu|save_steps|save_total_limit|"
+    "precompute_ref_log_probs|share_prefixes|torch_compile.*|gradient_checkpointing(_kwargs)?"
+)
+FAULTS = (  # kind and words of a library's error; exit status, 2 being a mistake found before training; what to do
+    (torch.OutOfMemoryError, "", 1, "out of GPU memory: halve per_device_train_batch_size (only aot and sft then "
+     "differ), turn gradient_checkpointing on, lower max_length, or use configs/qwen3_8b_qlora.yaml"),
+    (BaseException, "No space left|quota exceeded|File too large|inline_container", 1,  # the last one is torch.save's
+     "a file could not be written, older checkpoints are untouched: make room and run the same command again"),
+    (Timeout, "", 2, "output_dir: another run is writing there; wait, or choose another"),
+    ((ValueError, TypeError, ImportError, NotImplementedError), "", 2, "settings"),
+)  # fmt: skip
 
 
 def write_file(path: Path, text: str) -> None:
@@ -1390,234 +1386,216 @@ def set_aside(path: Path, name: str) -> str:
 
 
 def settings_yaml(s: argparse.Namespace) -> str:
-    skipped = {"given", "planned_steps", "revisions", "hub_token", "overwrite", "dry_run"}  # of one start only
-    skipped |= {"gradient_accumulation_steps"}  # derived
+    derived = {"given", "revisions", "planned_steps", "gradient_accumulation_steps"}
+    left_out = derived | {"overwrite", "dry_run"}  # repeated, they would do harm
+    values = {name: value for name, value in vars(s).items() if name not in left_out and value != []}
     packages = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
     made = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    values = {name: value for name, value in vars(s).items() if name not in skipped and value != []}
     head = f"# `python dpotrainer.py --config {s.output_dir}/settings.yaml` repeats this run; made with {made}\n"
     return head + yaml.safe_dump(values, allow_unicode=True)
 
 
-def open_output(s: argparse.Namespace) -> FileLock | nullcontext:
-    """Lock output_dir, and leave alone what another run, or no run of this program, has left there."""
-    if s.dry_run or not is_main():
-        return nullcontext()
-    folder = Path(s.output_dir).absolute()
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"output_dir={folder}: another run is writing there; wait, or choose another") from None
-        used = os.listdir(folder) != [".lock"]
-        if not (s.overwrite and used):
-            break
-        lock.release()
-        say(f"the earlier run was moved to {set_aside(folder, f'{folder.name}-old')}")
-    there = folder / "settings.yaml"
-    before = yaml.safe_load(there.read_text(encoding="utf-8")) if there.exists() else {}
-    now = yaml.safe_load(settings_yaml(s)) if before else {}
-    names = [name for name in sorted({*before, *now} - FREE) if before.get(name) != now.get(name)]
-    if names or (used and not before):
-        what = "a run with other settings" if before else "files that are no run of this program"
-        changes = "".join(f"\n  {name}: {before.get(name)} there, {now.get(name)} here" for name in names)
+def require_same(folder: Path | str, there: dict, here: dict) -> None:
+    """Refuse to go on with what was begun otherwise, or not by this program: then nothing is known of it."""
+    names = sorted(name for name in {*there, *here} if not re.fullmatch(FREE, name))
+    changes = [f"{name}: {there.get(name)} there, {here.get(name)} here" for name in names
+               if there.get(name) != here.get(name)]  # fmt: skip
+    if changes:
+        what = "a run with other settings" if there else "files that are no run of this program"
         ways = "choose another output_dir, or `--overwrite true`, which moves the old one aside"
-        raise UserError(f"output_dir={folder}: holds {what}; {ways}{changes}")
-    return lock
+        raise UserError("\n  ".join([f"{folder} holds {what}; {ways}", *(changes if there else [])]))
+
+
+@contextmanager
+def open_output(s: argparse.Namespace):
+    """Hold output_dir for this run alone, and leave nothing behind where no training began."""
+    folder = Path(s.output_dir).absolute()
+    lock, settings = FileLock(folder / ".lock", blocking=False), folder / "settings.yaml"
+    if s.overwrite and any(folder.glob("[!.]*")):
+        with lock:
+            say(f"the earlier run was moved to {set_aside(folder, f'{folder.name}-old')}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock:
+        used = os.listdir(folder) != [".lock"]
+        before = settings.read_text(encoding="utf-8") if settings.exists() else ""
+        if used:
+            require_same(folder, yaml.safe_load(before) or {}, yaml.safe_load(settings_yaml(s)))
+        try:
+            yield
+        finally:
+            if not used and not (folder / "metrics.jsonl").exists():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def digest_files(folder: Path) -> dict[str, str]:
     """{file: digest} of what is in a checkpoint, but for its manifest."""
-    digests = {}
-    for path in folder.rglob("*"):
-        if path.is_file() and path.name != MANIFEST:
-            with path.open("rb") as file:
-                digests[str(path.relative_to(folder))] = hashlib.file_digest(file, "blake2b").hexdigest()
-    return digests
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]
+    return {str(path.relative_to(folder)): hashlib.blake2b(path.read_bytes()).hexdigest() for path in files}
 
 
 def resume_point(trainer: PreferenceTrainer, folder: Path) -> str | None:
-    """The newest checkpoint whose files are those of its manifest, which is written last; others are set aside."""
-    for path in map(Path, sort_checkpoints(str(folder))) if is_main() else ():
-        try:
+    """The newest checkpoint, once those without the files of their manifest are set aside."""
+    for path in folder.glob("checkpoint-*") if is_main() else ():
+        whole = False
+        with suppress(OSError, ValueError):  # no manifest, or a damaged one
             files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-        except (OSError, ValueError):
-            files = {MANIFEST: "is missing"}
-        if not files.items() <= digest_files(path).items():
+            whole = files.items() <= digest_files(path).items()
+        if not whole:
             say(f"{path.name} is not whole: renamed to {set_aside(path, f'incomplete-{path.name}')}")
     trainer.accelerator.wait_for_everyone()
-    newest = next(reversed(sort_checkpoints(str(folder))), None)
-    marks = {"pytorch_model_fsdp*": trainer.is_fsdp_enabled, "global_step*": trainer.is_deepspeed_enabled}
-    if newest and any(any(Path(newest).glob(mark)) != now for mark, now in marks.items()):
-        raise UserError(f"{newest} was sharded otherwise (not, by FSDP or by DeepSpeed): launch as before")
-    if newest and json.loads(Path(newest, MANIFEST).read_text(encoding="utf-8"))["data"] != trainer.data_hash:
-        ways = "restore them, choose another output_dir, or `--overwrite true`"
-        raise UserError(f"dataset_name: its pairs are not those that {newest} was trained on; {ways}")
-    say(*([f"continuing from {newest}"] if newest else []))
+    newest = get_last_checkpoint(folder)
+    if newest:
+        manifest = json.loads(Path(newest, MANIFEST).read_text(encoding="utf-8"))
+        require_same(newest, manifest["trained on"], trainer.trained_on)
+        say(f"continuing from {newest}")
     return newest
 
 
-class Interruption(transformers.TrainerCallback):
-    """SIGTERM and Ctrl-C: every process finishes the step, saves and stops; a second signal stops at once."""
+class Ending(transformers.TrainerCallback):
+    """The last step is evaluated; after SIGTERM or Ctrl-C all processes finish the step, save and stop."""
 
     def __init__(self, trainer: PreferenceTrainer):
-        self.trainer, self.signal, self.before = trainer, 0, {}
+        self.trainer, self.heard, self.signal = trainer, 0, 0
+        self.answer_with(self.hear)
 
-    def receive(self, number, frame):
-        self.signal = number
-        self.give_back()
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def give_back(self):
-        for number, handler in self.before.items():
+    def answer_with(self, handler):
+        for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, handler)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.give_back()
+    def hear(self, number, frame):
+        self.heard = number
+        self.answer_with(signal.SIG_DFL)  # a second signal stops at once
 
     def on_step_end(self, args, state, control, **kwargs):
-        if args.world_size > 1:  # the processes may have heard it at different steps
-            self.signal = int(self.trainer.accelerator.gather(torch.tensor(self.signal, device=args.device)).max())
+        heard = torch.tensor(self.heard, device=args.device)
+        self.signal = int(self.trainer.accelerator.gather(heard).max())  # not all hear it, or not at the same step
         if self.signal:
             control.should_save = control.should_training_stop = True
+        if state.global_step >= state.max_steps and args.eval_strategy != "epoch":  # which evaluates there anyway
+            control.should_evaluate = self.trainer.eval_dataset is not None
+
+    def on_train_end(self, *args, **kwargs):
+        self.answer_with(signal.SIG_DFL)
+        self.on_step_end(*args, **kwargs)
 
 
-def merge_adapter(trainer: PreferenceTrainer, s: argparse.Namespace) -> None:
-    """The merged model in OUTPUT_DIR/merged, and how far its logits are from those of adapter plus base."""
-    policy, folder = trainer.accelerator.unwrap_model(trainer.model).eval(), Path(s.output_dir, "merged")
-    pairs = (trainer.eval_dataset or trainer.train_dataset).take(8)
-    rows = [torch.tensor([pair["prompt_ids"]], device=policy.device) for pair in pairs]
-    with torch.no_grad(), trainer.accelerator.autocast():
-        before = torch.stack([policy(row).logits[0, -1].float() for row in rows])
-        merged = policy.merge_and_unload()
-        after = torch.stack([merged(row).logits[0, -1].float() for row in rows])
-    for part in (merged, trainer.processing_class):
-        part.save_pretrained(f"{folder}.incomplete")
-    shutil.rmtree(folder, ignore_errors=True)  # the same, of an end that was cut off later
-    os.rename(f"{folder}.incomplete", folder)
-    same = (before.argmax(-1) == after.argmax(-1)).sum()
-    say(f"merged: next-token logits of {len(rows)} prompts differ by {(before - after).abs().max():.2g} at most from "
-        f"adapter plus base; the likeliest token is the same for {same}")  # fmt: skip
-
-
-def finish(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) -> None:
-    """Save the model whole or not at all: the adapter's config, which marks a finished run, comes last."""
-    staged = Path(s.output_dir, "final.incomplete")
-    trainer.save_model(str(staged))
-    if is_main():
-        if s.merge and not is_sharded():
-            merge_adapter(trainer, s)
-        draw_rewards(trainer.state.log_history, s, Path(s.output_dir, "rewards.png"))
-        summary = summarize(trainer, s, report)
-        trainer.create_model_card(model_name=Path(s.output_dir).name, dataset_name=s.dataset_name)
-        with open(Path(s.output_dir, "README.md"), "a", encoding="utf-8") as card:
-            card.write(f"\n## This run\n\n![rewards, accuracies, loss](rewards.png)\n\n```text\n{summary}\n```\n")
-        beside = ("ref", "training_args.bin", "README.md")  # the starting adapter's copy, a pickle, PEFT's empty card
-        for path in sorted(staged.iterdir(), key=lambda path: path.name == "adapter_config.json"):
-            if path.name not in beside:
-                os.replace(path, Path(s.output_dir, path.name))
-        shutil.rmtree(staged)
-        say("", summary, *(["not merged: the model is sharded over processes"] if s.merge and is_sharded() else []))
-    trainer.accelerator.wait_for_everyone()
-
-
-def train_policy(s: argparse.Namespace, trainer: PreferenceTrainer, start: argparse.Namespace) -> None:
-    """Train from where output_dir stands, to the end or to a signal; then answer the samples and save."""
-    hashes = np.array(trainer.train_dataset["pair_hash"])
-    trainer.data_hash = hashlib.blake2b(hashes.tobytes(), digest_size=8).hexdigest()
-    report, interruption = Report(trainer, s), Interruption(trainer)
-    for callback in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(callback)
-    trainer.callback_handler.callbacks += [report, interruption]
+def train_policy(s: argparse.Namespace, trainer: PreferenceTrainer, start: argparse.Namespace) -> Report:
+    """Train from where output_dir stands, to the end or to a signal."""
+    pairs = hashlib.blake2b(np.array(trainer.train_dataset["pair_hash"]).tobytes(), digest_size=8).hexdigest()
+    sharding = ["FSDP"] * trainer.is_fsdp_enabled + ["DeepSpeed"] * trainer.is_deepspeed_enabled
+    trainer.trained_on = {"hash of the pairs": pairs, "sharded by": sharding}
     if s.precompute_ref_log_probs:
         cache_reference(trainer, s, reference_folder(s, start))
-    trainer.train(resume_from_checkpoint=resume_point(trainer, Path(s.output_dir)))
-    if interruption.signal:
+    checkpoint = resume_point(trainer, Path(s.output_dir))
+    report, ending = Report(trainer, s), Ending(trainer)
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.callback_handler.callbacks += [report, ending]
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if ending.signal:
         text = f"interrupted and saved at step {trainer.state.global_step}; the same command continues"
-        raise UserError(text, status=128 + interruption.signal)
-    last = [row["step"] for row in trainer.state.log_history if "eval_loss" in row][-1:]
-    if trainer.eval_dataset is not None and last != [trainer.state.global_step]:
-        trainer.evaluate()
-    show_samples(trainer, s, report)
-    finish(trainer, s, report)
+        raise UserError(text, status=128 + ending.signal)
+    return report
 
 
-def settle(build, *args, **kwargs):
-    """build(...), with what the libraries themselves refuse in the settings told as our error."""
-    try:
-        return build(*args, **kwargs)
-    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
-        raise UserError(f"settings: {' '.join(str(error).split())}") from error
+def merge_adapter(trainer: PreferenceTrainer, folder: Path) -> None:
+    """The merged model in `folder`, and how far its logits are from those of adapter plus base."""
+    if is_sharded():
+        return say("not merged: the model is sharded over processes")
+    policy = trainer.accelerator.unwrap_model(trainer.model).eval()
+    prompts = (trainer.eval_dataset or trainer.train_dataset)["prompt_ids"][:8]
+    prompts = [torch.tensor([ids], device=policy.device) for ids in prompts]
+    with torch.no_grad(), trainer.accelerator.autocast():
+        before = torch.stack([policy(prompt).logits[0, -1].float() for prompt in prompts])
+        merged = policy.merge_and_unload()
+        after = torch.stack([merged(prompt).logits[0, -1].float() for prompt in prompts])
+    for part in (merged, trainer.processing_class):
+        part.save_pretrained(folder)
+    say(f"merged: after {len(prompts)} prompts, its next-token logits differ by {(before - after).abs().max():.2g} at "
+        "most from those of adapter plus base")  # fmt: skip
+
+
+def save_run(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) -> None:
+    """Save the model whole or not at all: the adapter's config, which marks a finished run, comes last."""
+    folder, staged = Path(s.output_dir), Path(s.output_dir, "final.incomplete")
+    trainer.save_model(str(staged))
+    if is_main():
+        if s.merge:
+            merge_adapter(trainer, folder / "merged")
+        draw_rewards(trainer.state.log_history, s, folder / "rewards.png")
+        summary = summarize(trainer, s, report)
+        trainer.create_model_card(model_name=folder.name, dataset_name=s.dataset_name)
+        with open(folder / "README.md", "a", encoding="utf-8") as card:
+            card.write(f"\n## This run\n\n![rewards, accuracies, loss](rewards.png)\n\n```text\n{summary}\n```\n")
+        for path in sorted(staged.iterdir(), key=lambda path: path.name == "adapter_config.json"):
+            if path.name not in ("ref", "training_args.bin", "README.md"):  # the start's copy, a pickle, an empty card
+                os.replace(path, folder / path.name)
+        shutil.rmtree(staged)
+        say("", summary)
+    trainer.accelerator.wait_for_everyone()
 
 
 def prepare(s: argparse.Namespace) -> tuple:
     """Process group, tokenizer, pairs and plan: (arguments, start, train, held-out); the plan is printed."""
-    ours = {"precompute_ref_log_probs", "torch_compile"}  # what we do ourselves
-    names = [f.name for f in fields(trl.DPOConfig) if f.init and f.name not in ours]
-    cpu = s.use_cpu or (s.dry_run and not torch.cuda.is_available())  # a plan can be made anywhere
-    args = settle(trl.DPOConfig, **{name: getattr(s, name) for name in names} | {"use_cpu": cpu})  # joins the group
+    ours = {"precompute_ref_log_probs": False}  # what we do ourselves
+    ours |= {"torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None}
+    ours["use_cpu"] = s.use_cpu or (s.dry_run and not torch.cuda.is_available())  # a plan can be made anywhere
+    args = trl.DPOConfig(**{f.name: vars(s)[f.name] for f in fields(trl.DPOConfig) if f.init} | ours)
     start = load_start(s)
     train, held_out, counts = load_preferences(s, start.tokenizer)
     args.eval_strategy = args.eval_strategy if held_out is not None else "no"
-    passes = math.ceil(len(train) / s.per_device_train_batch_size / args.world_size)
-    epoch = math.ceil(passes / s.gradient_accumulation_steps)
+    epoch = math.ceil(len(train) / s.global_batch_size)
     s.planned_steps = s.max_steps if s.max_steps > 0 else math.ceil(s.num_train_epochs * epoch)
-    short, long = settle(make_plan, s, args, start, train, held_out)
-    say(format_report(counts), *short)
-    say(*([*long, describe_pair(start.tokenizer, train[0], s.max_length)] if s.dry_run else []))
+    short, long = make_plan(s, args, start, train, held_out)
+    say(format_report(counts), *short, *(long if s.dry_run else []))
+    say(*([describe_pair(start.tokenizer, train[0], s.max_length)] if s.dry_run else []))
     return args, start, train, held_out
 
 
-def run(argv: list[str]) -> None:
-    """Settings, preferences, plan, trainer, train, report, save."""
-    warnings.simplefilter("ignore", FutureWarning)  # of the pinned libraries among themselves
-    s, problems = parse_settings(argv)
-    problems, machine = problems + settle(check_settings, s), settle(check_machine, s)
-    if problems or (machine and not s.dry_run):
-        raise UserError("\n".join(problems + machine))
-    is_new = not os.path.exists(s.output_dir)
-    with open_output(s):
-        fresh = s.dry_run or s.overwrite  # other processes must not see what the main one is about to move aside
-        if not fresh and Path(s.output_dir, "adapter_config.json").exists():
-            say(f"{s.output_dir} holds this run, finished: nothing to do (`--overwrite true` starts afresh)")
-            return
-        try:
-            args, start, train, held_out = prepare(s)
-            trainer = None if s.dry_run else settle(build_trainer, s, args, start, train, held_out)
-        except UserError:
-            if is_new and not s.dry_run and is_main() and os.listdir(s.output_dir) == [".lock"]:
-                shutil.rmtree(s.output_dir, ignore_errors=True)  # a refused start leaves nothing behind
-            raise
-        if trainer is not None:
-            if is_main():
-                write_file(Path(s.output_dir, "settings.yaml"), settings_yaml(s))
-            train_policy(s, trainer, start)
-        elif machine:
-            raise UserError("\n".join(machine))
+def explain(error: BaseException, preparing: bool) -> UserError:
+    """The error as one message that says what to do; one that only its traceback explains is raised again."""
+    for kinds, words, status, fix in FAULTS:
+        if isinstance(error, kinds) and re.search(words, str(error)) and (preparing or status == 1):
+            return UserError(f"{fix}: {' '.join(str(error).split())[:500]}", status)
+    raise error
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0, 2 for a mistake in the settings or the data, 128 + signal, else 1."""
+    """Settings, preferences, plan, trainer, train, report, save.
+
+    Returns the exit status: 0, 2 for a mistake in the settings or the data, 128 + signal, else 1.
+    """
+    warnings.simplefilter("ignore", FutureWarning)  # of the pinned libraries among themselves
+    trainer = None
     try:
-        run(sys.argv[1:] if argv is None else argv)
-        return 0
-    except UserError as error:
-        message, status = str(error), error.status
-    except torch.OutOfMemoryError:
-        message, status = "out of GPU memory: halve per_device_train_batch_size (only aot and sft then differ), " \
-            "turn gradient_checkpointing on, lower max_length, or use configs/qwen3_8b_qlora.yaml", 1  # fmt: skip
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        message, status = f"{error}: make room on the disk, then run the same command again", 1
-    if is_main() or status == 1:  # a mistake is everybody's, a fault may be one process's alone
+        s, problems = parse_settings(sys.argv[1:] if argv is None else argv)
+        problems, lacking = problems + check_settings(s), check_machine(s)
+        if problems or (lacking and not s.dry_run):
+            raise UserError("\n".join(problems + lacking))
+        with open_output(s) if is_main() and not s.dry_run else nullcontext():
+            # with overwrite, the main process may not yet have moved the other run aside
+            if Path(s.output_dir, "adapter_config.json").exists() and not (s.dry_run or s.overwrite):
+                say(f"{s.output_dir} holds this run, finished: nothing to do (`--overwrite true` starts afresh)")
+                return 0
+            args, start, train, held_out = prepare(s)
+            if s.dry_run and lacking:
+                raise UserError("\n".join(lacking))
+            if s.dry_run:
+                return 0
+            if is_main():
+                write_file(Path(s.output_dir, "settings.yaml"), settings_yaml(s))
+            trainer = build_trainer(s, args, start, train, held_out)
+            report = train_policy(s, trainer, start)
+            with torch.compiler.set_stance("force_eager"):  # what follows is too little to compile for
+                show_samples(trainer, s, report)
+                save_run(trainer, s, report)
+            return 0
+    except BaseException as error:
+        told = error if isinstance(error, UserError) else explain(error, preparing=trainer is None)
+    if is_main() or told.status == 1:  # a mistake is everybody's, a fault may be one process's alone
         who = "dpotrainer" if is_main() else f"dpotrainer, process {os.environ['RANK']}"
-        print(f"{who}: {message}", file=sys.stderr, flush=True)
-    return status
+        print(f"{who}: {told}", file=sys.stderr, flush=True)
+    return told.status
 
 
 if __name__ == "__main__":

@@ -89,7 +89,8 @@ def test_real_run_prints_the_short_form_of_the_same_plan(dry_run, tmp_path, caps
     model, pairs, text = dry_run
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
-    monkeypatch.setattr(dpotrainer, "train_policy", lambda *args: None)
+    for step in ("train_policy", "show_samples", "save_run"):
+        monkeypatch.setattr(dpotrainer, step, lambda *args: None)
     flags = tiny.settings(model, data, tmp_path / "out", global_batch_size=8, per_device_train_batch_size=2)
     assert dpotrainer.main(flags) == 0
     shown = capsys.readouterr().out

@@ -108,6 +108,17 @@ def send(program, at, signals):
     at_step(program, at, lambda trainer: [os.kill(os.getpid(), number) for number in signals])
 
 
+def send_in_evaluation(program, at, number):
+    evaluate = program.PreferenceTrainer.evaluate
+
+    def changed(self, *args, **kwargs):
+        if self.state.global_step == at:
+            os.kill(os.getpid(), number)
+        return evaluate(self, *args, **kwargs)
+
+    program.PreferenceTrainer.evaluate = changed
+
+
 def wait_for(program, at, path):
     """Stand still at a step, after leaving a mark, until a file appears."""
 
@@ -341,6 +352,20 @@ def test_files_of_somebody_else_are_left_alone(inputs, tmp_path, capsys):
     assert [path.name for path in folder.iterdir() if path.name != ".lock"] == ["thesis.tex"]
 
 
+def test_settings_that_the_model_refuses_leave_nothing_behind(run, tmp_path):
+    """Found when the adapter is put on: settings.yaml is written by then."""
+    printed = run(status=2, lora_target_modules="no_such_layer")
+    assert "no_such_layer" in printed and "Traceback" not in printed and not (tmp_path / "out").exists()
+
+
+def test_a_run_whose_settings_were_lost_is_left_alone(run, stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "out")
+    os.truncate(tmp_path / "out" / "settings.yaml", 0)
+    before = tiny.tree(tmp_path / "out")
+    printed = run(status=2)
+    assert "--overwrite true" in printed and "Traceback" not in printed and tiny.tree(tmp_path / "out") == before
+
+
 def test_two_runs_at_once_in_one_folder_are_refused(inputs, finished, tmp_path, capsys):
     flags, release = tiny.settings(*inputs, tmp_path / "out"), tmp_path / "release"
     first = tiny.start_program(
@@ -371,6 +396,13 @@ def test_a_signal_saves_and_the_same_command_continues(number, status, run, fini
 
 def test_a_signal_at_the_last_step_costs_nothing(run, finished, tmp_path):
     run(functools.partial(send, at=12, signals=[signal.SIGTERM]), status=143)
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    run()
+    same_result(tmp_path / "out", finished[0])
+
+
+def test_a_signal_in_the_last_evaluation_is_heard(run, finished, tmp_path):
+    assert "saved at step 12" in run(functools.partial(send_in_evaluation, at=12, number=signal.SIGTERM), status=143)
     assert not (tmp_path / "out" / "adapter_config.json").exists()
     run()
     same_result(tmp_path / "out", finished[0])

@@ -591,7 +591,7 @@ def test_a_fault_of_any_process_is_told_and_a_mistake_once(rank, status, heard, 
     def fail(argv):
         raise dpotrainer.UserError("the reason", status=status)
 
-    monkeypatch.setattr(dpotrainer, "run", fail)
+    monkeypatch.setattr(dpotrainer, "parse_settings", fail)
     monkeypatch.setenv("RANK", str(rank))
     assert dpotrainer.main([]) == status
     err = capsys.readouterr().err
