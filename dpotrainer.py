@@ -322,7 +322,7 @@ def check_batch(s: argparse.Namespace) -> list[str]:
 
 def check_settings(s: argparse.Namespace) -> list[str]:
     """Everything that is wrong with the settings, each with its fix, before anything is downloaded or written."""
-    s.loss_type = s.loss_type or []
+    s.loss_type = s.loss_type or []  # null in YAML
     off = [name for name in ("max_length", "eval_steps") if getattr(s, name) is None]
     problems = [f"{name}={value}: must lie between {low:g} and {high:g}; {usual:g} is usual"
                 for name, (low, high, usual) in RANGES.items() if name not in off
