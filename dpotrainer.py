@@ -37,7 +37,7 @@ import time
 import warnings
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from numbers import Number
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -58,6 +58,7 @@ from huggingface_hub.constants import HF_HOME
 from matplotlib.figure import Figure
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -113,26 +114,22 @@ OUR_DEFAULTS = {  # where a good run differs from TRL's defaults
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
-def setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class Settings:
     """What TRL has no name for; all else is in trl.ScriptArguments, trl.ModelConfig and trl.DPOConfig."""
 
-    global_batch_size: int = field(metadata={"help": "pairs per optimizer step over all processes"})
-    eval_pairs: int = field(metadata={"help": "pairs held out when the data set has no test split"})
-    share_prefixes: bool = setting(True, "compute each pair's common prefix once, and no padding")
-    reference: Literal["auto", "copy", "adapter"] = setting("auto", "auto: adapter off, or the SFT adapter if that is "
-        "the start; copy: a second, frozen model; adapter: a frozen copy of the starting adapter")
-    ref_model_name_or_path: str | None = setting(None, "frozen model of `reference: copy`; the start when empty")
-    fresh_adapter: bool = setting(False, "merge the starting adapter and train a new one on top")
-    chat_strings: bool = setting(False, "wrap plain strings in the chat template")
-    sample_prompts: int = setting(8, "held-out prompts answered after training; 0: none")
-    merge: bool = setting(False, "also write the merged full model to OUTPUT_DIR/merged")
-    dry_run: bool = setting(False, "check everything, print the plan and one pair, then stop")
-    overwrite: bool = setting(False, "move an earlier run in output_dir aside and start afresh")
+    global_batch_size: int | None = HfArg(default=None, help="pairs per optimizer step over all processes")
+    eval_pairs: int | None = HfArg(default=None, help="pairs held out when the data set has no test split")
+    share_prefixes: bool = HfArg(default=True, help="compute each pair's common prefix once, and no padding")
+    reference: Literal["auto", "copy", "adapter"] = HfArg(default="auto", help="auto: adapter off, or the SFT adapter "
+        "if that is the start; copy: a second, frozen model; adapter: a frozen copy of the starting adapter")
+    ref_model_name_or_path: str | None = HfArg(default=None, help="frozen model of `reference: copy`; else the start")
+    fresh_adapter: bool = HfArg(default=False, help="merge the starting adapter and train a new one on top")
+    chat_strings: bool = HfArg(default=False, help="wrap plain strings in the chat template")
+    sample_prompts: int = HfArg(default=8, help="held-out prompts answered after training; 0: none")
+    merge: bool = HfArg(default=False, help="also write the merged full model to OUTPUT_DIR/merged")
+    dry_run: bool = HfArg(default=False, help="check everything, print the plan and one pair, then stop")
+    overwrite: bool = HfArg(default=False, help="move an earlier run in output_dir aside and start afresh")
 
 
 OBJECTIVES = {  # loss_type: what it does to the margin or the rewards, and where it is from
@@ -156,44 +153,56 @@ RANGES = {  # setting: lowest, highest, usual
     "eval_steps": (1e-6, 1e9, 100), "save_steps": (1e-6, 1e9, 100),
 }
 PATHS = ("model_name_or_path", "dataset_name", "ref_model_name_or_path", "output_dir")
-SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}  # the losses that read label_smoothing
-CONFLICTS = (  # setting, when it is wrong, why, and what to do
-    ("loss_type", lambda s: set(s.loss_type) - set(OBJECTIVES), f"is unknown; one of {', '.join(OBJECTIVES)}"),
-    ("loss_weights", lambda s: s.loss_weights and
-     (len(s.loss_weights) != len(s.loss_type) or not np.isfinite(s.loss_weights).all()),
+LOCAL = r"^$|^[./~]|/.*/|\.(jsonl?|parquet|csv)$"  # what else names a model or a data set is the hub's owner/name
+RULES = (  # setting, when its value v is wrong beside all settings s, why, and what to do
+    ("loss_type", lambda v, s: not v or set(v) - set(OBJECTIVES), f"is unknown; one of {', '.join(OBJECTIVES)}"),
+    ("loss_weights", lambda v, s: v and (len(v) != len(s.loss_type) or not np.isfinite(v).all()),
      "must be one number for each loss_type; mend the list"),
-    ("label_smoothing", lambda s: s.label_smoothing and not SMOOTHED & set(s.loss_type),
-     f"has no effect with this loss_type; one of {', '.join(sorted(SMOOTHED))} uses it, else leave it out"),
-    ("label_smoothing", lambda s: "exo_pair" in s.loss_type and not s.label_smoothing, "must be above 0; 1e-3"),
-    ("discopop_tau", lambda s: s.discopop_tau != 0.05 and "discopop" not in s.loss_type,
-     "has no effect with this loss_type; leave it out"),
-    ("lora_dropout", lambda s: s.lora_dropout and s.disable_dropout, "has no effect; add `disable_dropout: false`"),
-    ("ref_model_name_or_path", lambda s: s.ref_model_name_or_path and s.reference != "copy",
-     "has no effect with this reference; `reference: copy` uses it"),
-    ("use_peft", lambda s: not s.use_peft, "is another program's work; `trl dpo` trains all weights"),
-    ("merge", lambda s: s.merge and (s.load_in_4bit or s.load_in_8bit),
-     "would round the adapter into a quantised base; leave it out and merge into the bf16 base: README, 'Merging'"),
-    ("precompute_ref_log_probs", lambda s: s.precompute_ref_log_probs and is_sharded(),
-     "needs a model in one piece; leave it out"),
-    ("truncation_mode", lambda s: s.truncation_mode != "keep_start", "would cut prompts; keep_start"),
-    ("train_sampling_strategy", lambda s: s.train_sampling_strategy not in ("random", "sequential"),
-     "makes batches by length, which weigh pairs unequally; random"),
-    ("eval_do_concat_batches", lambda s: not s.eval_do_concat_batches, "breaks the exact evaluation; leave it out"),
-    ("reference", lambda s: s.reference == "adapter" and s.fresh_adapter,
-     "copies the starting adapter, which fresh_adapter merges; auto"),
+    ("label_smoothing", lambda v, s: v and not {"robust", "exo_pair", "aot", "aot_unpaired"}.intersection(s.loss_type),
+     "is for robust, exo_pair, aot and aot_unpaired; leave it out"),
+    ("label_smoothing", lambda v, s: not v and "exo_pair" in s.loss_type, "must be above 0; 1e-3"),
+    ("discopop_tau", lambda v, s: v != 0.05 and "discopop" not in s.loss_type, "is for discopop; leave it out"),
+    ("lora_dropout", lambda v, s: v and s.disable_dropout, "has no effect; add `disable_dropout: false`"),
+    ("ref_model_name_or_path", lambda v, s: v and s.reference != "copy", "has no effect; add `reference: copy`"),
+    ("reference", lambda v, s: v == "adapter" and s.fresh_adapter, "copies what fresh_adapter merges; auto"),
+    ("use_peft", lambda v, s: not v, "is another program's work; `trl dpo` trains all weights"),
+    ("merge", lambda v, s: v and (s.load_in_4bit or s.load_in_8bit), "needs a bf16 base; README, 'Merging', says how"),
+    ("precompute_ref_log_probs", lambda v, s: v and is_sharded(), "needs a model in one piece; leave it out"),
+    ("train_sampling_strategy", lambda v, s: v not in ("random", "sequential"), "weighs pairs unequally; random"),
+    ("truncation_mode", lambda v, s: v != "keep_start", "would cut prompts; keep_start"),
+    ("eval_do_concat_batches", lambda v, s: not v, "breaks the exact evaluation; leave it out"),
+    ("trust_remote_code", lambda v, s: v, "would run its author's code; use a model that transformers knows"),
+    ("hub_token", lambda v, s: v, "would be written to a file; use `hf auth login`, or the environment's HF_TOKEN"),
+    ("dataset_streaming", lambda v, s: v, "cannot be checked and split beforehand; leave it out"),
+    ("auto_find_batch_size", lambda v, s: v, "would change the global batch; lower per_device_train_batch_size"),
+    ("resume_from_checkpoint", lambda v, s: v, "follows from what output_dir holds; the same command continues"),
+    ("padding_free", lambda v, s: v, "is ignored by TRL; `share_prefixes: true` pads nothing"),
+    ("save_only_model", lambda v, s: v, "would leave nothing to resume from; leave it out"),
+    ("use_liger_kernel", lambda v, s: v, "is deprecated in TRL; leave it out"),
+    ("model_init_kwargs", lambda v, s: v, "is for models that TRL loads; dtype, attn_implementation, model_revision"),
+    ("report_to", lambda v, s: {*np.atleast_1d(v).tolist()} - {"none", "all", "tensorboard", "wandb", "trackio"},
+     "is unknown; tensorboard, wandb, trackio, all or none"),
+    ("sync_ref_model", lambda v, s: v, "cannot work with an adapter; leave it out"),
+    *((name, lambda v, s: v is None, "is empty; give a value, or leave it out")
+      for name in ("model_name_or_path", "dataset_name", "reference", "dtype")),
+    *((name, lambda v, s: v is not None and re.search(LOCAL, v) and not os.path.exists(v),
+       "there is no such file or folder; check the path") for name in PATHS[:3]),
+    ("output_dir", lambda v, s: not v or not can_write(v), "is not a folder that can be written; choose another"),
 )
-REFUSED = {  # settings that would break a promise of this program: why, and what to do
-    "trust_remote_code": "would run code of the model's author; use a model that transformers knows",
-    "hub_token": "would be written to a file; use `hf auth login`, or the environment's HF_TOKEN",
-    "dataset_streaming": "cannot be checked and split beforehand; leave it out",
-    "auto_find_batch_size": "would change the global batch; a smaller per_device_train_batch_size does not",
-    "resume_from_checkpoint": "is decided by what output_dir holds; the same command continues by itself",
-    "padding_free": "is ignored by TRL; `share_prefixes: true` pads nothing",
-    "save_only_model": "would leave nothing to resume from; leave it out",
-    "use_liger_kernel": "is deprecated in TRL; leave it out",
-    "model_init_kwargs": "is for a model that TRL loads; dtype, attn_implementation and model_revision have settings",
-    "sync_ref_model": "cannot work with an adapter; leave it out",
-}
+MACHINE_RULES = (  # the same, of what the machine must have
+    ("use_cpu", lambda v, s: not v and not torch.cuda.is_available(), "no CUDA GPU; `python dpotrainer.py --config "
+     "configs/quickstart.yaml` runs anywhere, `--use_cpu true` serves tiny models"),
+    ("use_cpu", lambda v, s: not v and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ,
+     "several GPUs but one process; CUDA_VISIBLE_DEVICES=0 uses one, "
+     "`accelerate launch --config_file configs/accelerate/ddp.yaml dpotrainer.py` all"),
+    ("bf16", lambda v, s: v and not s.use_cpu and torch.cuda.is_available()
+     and not torch.cuda.is_bf16_supported(including_emulation=False),
+     "needs an Ampere GPU (2020) or newer; `--bf16 false --fp16 true --dtype float16`"),
+    *(("report_to", lambda v, s, name=name: name in np.atleast_1d(v) and not importlib.util.find_spec(name),
+       f"is not installed; `pip install {name}`") for name in ("tensorboard", "wandb", "trackio")),
+    *((name, lambda v, s: (v is True or "8bit" in str(v)) and not importlib.util.find_spec("bitsandbytes"),
+       "needs bitsandbytes; `pip install bitsandbytes`") for name in ("load_in_4bit", "load_in_8bit", "optim")),
+)
 # fmt: on
 
 
@@ -218,146 +227,112 @@ def say(*lines: Any) -> None:
         print(*lines, sep="\n", flush=True)
 
 
-def parse_layer(parser, layer: str, settings: dict | list[list[str]], problems: list[str]) -> dict[str, Any]:
-    """{setting: value} of a YAML mapping or of command-line words, each parsed alone, so that all wrong ones show."""
-    names, values = {action.dest for action in parser._actions}, {}
-    if isinstance(settings, dict):  # as the words that say the same, so that every layer passes the same checks
-        texts = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in settings.items()}
-        settings = [[f"--{k}", *map(str, v)] if isinstance(v, list) else [f"--{k}={v}"] for k, v in texts.items()]
-    for words in settings:
-        name = words[0].removeprefix("--").split("=")[0].replace("-", "_")
-        try:
-            empty = words == [f"--{name}=None"] and name in names  # an empty value in YAML, None in a constant
-            parsed, unknown = parser.parse_known_args(
-                [] if empty else words, argparse.Namespace(**dict.fromkeys(names))
-            )
-            values |= {name: None} if empty else {k: v for k, v in vars(parsed).items() if v is not None}
-        except (argparse.ArgumentError, ValueError) as error:
-            problems.append(f"{layer}: {error}")
-            continue
-        if unknown:
-            match = difflib.get_close_matches(name.lower(), sorted(names), n=1, cutoff=0.5)
-            problems.append(f"{layer}: {unknown[0]!r} is not a setting; " +
-                            (f"did you mean {match[0]}?" if match else "`--help` lists all"))  # fmt: skip
-    return values
+def can_write(folder: str) -> bool:
+    there = next(path for path in Path(folder, "new").absolute().parents if path.exists())
+    return os.access(f"{there}/", os.W_OK | os.X_OK)  # with a slash, a file is refused
+
+
+def as_flags(settings: dict[str, Any]) -> list[list[str]]:
+    """A mapping as the flags that say the same, [["--beta=0.1"], ...], so that all layers pass the same checks."""
+    texts = {name: json.dumps(v) if isinstance(v, dict) else v for name, v in settings.items()}
+    return [[f"--{name}", *map(str, v)] if isinstance(v, list) else [f"--{name}={v}"] for name, v in texts.items()]
+
+
+def read_flag(parser, s: argparse.Namespace, layer: str, words: list[str]) -> str:
+    """Set in s what one flag such as ["--beta", "0.1"] says, or return what is wrong with it."""
+    flag, _, value = words[0].partition("=")
+    name = flag.removeprefix("--").replace("-", "_")
+    s.given[name] = layer
+    if value == "None" and flag in parser._option_string_actions:  # null in YAML, for which not all types have a word
+        setattr(s, name, None)
+        return ""
+    try:
+        unknown = parser.parse_known_args(words, s)[1]
+    except argparse.ArgumentError as error:
+        return f"{layer}: {error}"
+    match = difflib.get_close_matches(name.lower(), vars(s), n=1, cutoff=0.5)
+    hint = f"did you mean {match[0]}?" if match else "`--help` lists all"
+    return f"{layer}: {unknown[0]!r} is not a setting; {hint}" if unknown else ""
 
 
 def read_yaml(config: str) -> dict[str, Any]:
     """The settings in a YAML file; what it has under `env` is put into the environment, as `trl dpo` does."""
     try:
         content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {config}: {' '.join(str(error).split())}; give a readable YAML file") from None
-    if not isinstance(content, dict) or not isinstance(content.get("env", {}), dict):
-        raise UserError(f"--config {config}: holds no settings; write lines such as `beta: 0.1`")
-    os.environ |= {name: str(value) for name, value in content.pop("env", {}).items()}
+        os.environ |= {name: str(value) for name, value in content.pop("env", {}).items()}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"--config {config}: {why}; give a file of lines such as `beta: 0.1`") from None
     return content
 
 
 def parse_settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Constants, then the YAML file, then flags, as one flat namespace, and all problems found on the way.
 
-    It holds every field of Settings, ScriptArguments, ModelConfig and DPOConfig; `given` names what file or flag set.
+    It holds every field of Settings, ScriptArguments, ModelConfig and DPOConfig; `given` tells which layer set it.
     """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", help="YAML file of settings, by the names below")
+    file, argv = first.parse_known_args(argv)
     kinds = (Settings, trl.ScriptArguments, trl.ModelConfig, trl.DPOConfig)
-    parser = trl.TrlParser(kinds, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config", help="YAML file of settings, by the names below")
-    for action in parser._actions:
-        action.required = False  # a constant that was taken out is found by RANGES
+    parser = trl.TrlParser(kinds, parents=[first], allow_abbrev=False, exit_on_error=False)
+    parser.set_defaults_with_config(**OUR_DEFAULTS)
+    parser._option_string_actions["--report_to"].nargs = "+"  # its type is a text or a list of texts
+    s = parser.parse_args([], argparse.Namespace(given={}))
     source = Path(__file__).read_text(encoding="utf-8").split("\nRENAMED = ")[0]
-    constants = re.findall(r"^([A-Z]\w*) *[:=]", source, flags=re.M)  # a misspelt one is found like any other setting
-    known = {action.dest for action in parser._actions}
-    names = {name: RENAMED.get(name, name.lower() if name.lower() in known else name) for name in constants}
-    constants = {setting: vars(sys.modules[__name__])[name] for name, setting in names.items()}
-    parser.set_defaults_with_config(**OUR_DEFAULTS, **constants)
-    if {"-h", "--help"} & set(argv):
-        parser.parse_args(["--help"])
-    problems: list[str] = []
-    constants = parse_layer(parser, "constants", constants, problems)
-    words = re.split("\0(?=--)", "\0".join(argv)) if argv else []  # --beta 0.1 --bf16: [["--beta", "0.1"], ["--bf16"]]
-    flags = parse_layer(parser, "command line", [group.split("\0") for group in words], problems)
-    config = flags.pop("config", None)
-    from_file = parse_layer(parser, config, read_yaml(config), problems) if config else {}
-    values = {name: parser.get_default(name) for name in known} | constants | from_file | flags
+    names = re.findall(r"^([A-Z]\w*) *[:=]", source, flags=re.M)  # misspelt ones too, to be refused like any setting
+    constants = {RENAMED.get(name, name.lower()): vars(sys.modules[__name__])[name] for name in names}
+    parser.set_defaults_with_config(**constants)  # for --help
+    starts = [i for i, word in enumerate(argv) if i == 0 or word.startswith("--")]
+    layers = {
+        "constants": as_flags(constants),
+        file.config: as_flags(read_yaml(file.config) if file.config else {}),
+        "command line": [argv[i:j] for i, j in itertools.pairwise([*starts, len(argv)])],
+    }
+    problems = [read_flag(parser, s, layer, words) for layer, flags in layers.items() for words in flags]
     for name in PATHS:
-        values[name] = values[name] and os.path.expanduser(values[name])
-    if isinstance(values["lora_target_modules"], list) and len(values["lora_target_modules"]) == 1:
-        values["lora_target_modules"] = values["lora_target_modules"][0]  # "all-linear", or a pattern
-    del values["help"], values["config"]
-    given = {*from_file, *flags} | ({"per_device_eval_batch_size"} & {*constants})
-    if "gradient_accumulation_steps" in constants:
-        problems.append("constants: GRADIENT_ACCUMULATION_STEPS follows from GLOBAL_BATCH_SIZE; leave it out")
-    return argparse.Namespace(**values, given=given), problems
+        setattr(s, name, getattr(s, name) and os.path.expanduser(getattr(s, name)))
+    del s.config
+    return s, list(filter(None, problems))
+
+
+def find_broken(s: argparse.Namespace, rules: tuple) -> list[str]:
+    shown = vars(s) | {"hub_token": "***"}
+    return [f"{name}={shown[name]}: {text}" for name, is_wrong, text in rules if is_wrong(getattr(s, name), s)]
 
 
 def check_batch(s: argparse.Namespace) -> list[str]:
     """Derive gradient accumulation from global_batch_size, or say which sizes would divide it."""
-    world, given = int(os.environ.get("WORLD_SIZE", "1")), s.gradient_accumulation_steps
+    world, given = int(os.environ.get("WORLD_SIZE", "1")), s.given.get("gradient_accumulation_steps")
     per_pass = s.per_device_train_batch_size * world
     if "per_device_eval_batch_size" not in s.given:
         s.per_device_eval_batch_size = s.per_device_train_batch_size
-    if "gradient_accumulation_steps" in s.given and "global_batch_size" not in s.given:
-        s.global_batch_size = per_pass * given  # a file written for `trl dpo` keeps its meaning
-    if s.global_batch_size % per_pass:
+    if given not in (None, "constants") and s.given["global_batch_size"] == "constants":
+        s.global_batch_size = per_pass * s.gradient_accumulation_steps  # a file for `trl dpo` keeps its meaning
+    steps, rest = divmod(s.global_batch_size, per_pass)
+    if rest:
         sizes = [n for n in range(1, s.global_batch_size + 1) if s.global_batch_size % (n * world) == 0]
         fix = f"per_device_train_batch_size one of {sizes}" if sizes else f"a multiple of {world}"
-        passes = f"{per_pass // world} per device x {world} processes"
+        passes = f"{s.per_device_train_batch_size} per device x {world} processes"
         return [f"global_batch_size={s.global_batch_size}: is no multiple of {passes}; {fix}"]
-    s.gradient_accumulation_steps = s.global_batch_size // per_pass
-    if "gradient_accumulation_steps" not in s.given or given == s.gradient_accumulation_steps:
-        return []
-    text = f"is {s.gradient_accumulation_steps} by global_batch_size; leave one of them out"
-    return [f"gradient_accumulation_steps={given}: {text}"]
+    if given and s.gradient_accumulation_steps != steps:
+        text = f"is {steps} by global_batch_size; leave one of them out"
+        return [f"gradient_accumulation_steps={s.gradient_accumulation_steps}: {text}"]
+    s.gradient_accumulation_steps = steps
+    return []
 
 
 def check_settings(s: argparse.Namespace) -> list[str]:
     """Everything that is wrong with the settings, each with its fix, before anything is downloaded or written."""
-    if not s.loss_type:
-        return [f"loss_type={s.loss_type}: is empty; sigmoid is DPO"]
-    unused = {"num_train_epochs"} if (s.max_steps or 0) > 0 else set()
-    unused |= {name for name in ("max_length", "eval_steps") if getattr(s, name) is None}
-    problems = [f"{name}={getattr(s, name)}: must lie between {low:g} and {high:g}; {usual:g} is usual"
-                for name, (low, high, usual) in RANGES.items() if name not in unused
-                and not (isinstance(getattr(s, name), int | float) and low <= getattr(s, name) <= high)]  # fmt: skip
-    problems += [f"{name}={getattr(s, name)}: {text}" for name, wrong, text in CONFLICTS if wrong(s)]
-    problems += [f"{name} {text}" for name, text in REFUSED.items() if getattr(s, name)]
-    problems += check_batch(s) if not problems else []
-    for name in (*PATHS, "reference", "dtype"):
-        value = getattr(s, name)
-        if value == "" or (value is None and not name.startswith("ref_")):
-            problems.append(f"{name}={value}: is empty; give a value, or leave it out")
-        local = name in PATHS[:3] and re.search(r"^[./~]|/.*/|\.(jsonl?|parquet|csv)$", value or "")  # hub: owner/name
-        if local and not os.path.exists(value):
-            problems.append(f"{name}={value}: there is no such file or folder in {Path.cwd()}; check the path")
-    output = Path(s.output_dir or ".").absolute()
-    existing = next(parent for parent in (output, *output.parents) if os.path.exists(parent))
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        problems.append(f"output_dir={s.output_dir}: {existing} is not a folder that can be written; choose another")
+    s.loss_type = s.loss_type or []  # null in YAML
+    off = [name for name in ("max_length", "eval_steps") if getattr(s, name) is None]
+    problems = [f"{name}={value}: must lie between {low:g} and {high:g}; {usual:g} is usual"
+                for name, (low, high, usual) in RANGES.items() if name not in off
+                and ((value := getattr(s, name)) is None or not low <= value <= high)]  # fmt: skip
+    problems += (check_batch(s) if not problems else []) + find_broken(s, RULES)
+    if not problems:
+        trl.ModelConfig.__post_init__(s)  # a single one of lora_target_modules may be a pattern, or "all-linear"
     return problems
-
-
-def check_machine(s: argparse.Namespace) -> list[str]:
-    """What this machine lacks: GPU, bf16, one process per GPU, optional packages."""
-    gpus, cuda = torch.cuda.device_count(), torch.cuda.is_available() and not s.use_cpu
-    reports = set(np.atleast_1d(s.report_to).tolist())
-    needed = reports & {"tensorboard", "wandb", "trackio"}
-    needed |= {"bitsandbytes"} if s.load_in_4bit or s.load_in_8bit or "8bit" in str(s.optim) else set()
-    card = torch.cuda.get_device_name() if cuda else None
-    # fmt: off
-    lacks = {
-        "no CUDA GPU: PyTorch sees none, a run needs one; `python dpotrainer.py --config configs/quickstart.yaml`"
-        " runs anywhere, `--use_cpu true` serves tiny models": not (cuda or s.use_cpu),
-        f"bf16=True: {card} has none; `--bf16 false --fp16 true --dtype float16`":
-            cuda and s.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False),
-        f"{gpus} GPUs but one process: `accelerate launch --config_file configs/accelerate/ddp.yaml dpotrainer.py` "
-        "uses all, CUDA_VISIBLE_DEVICES=0 one": cuda and gpus > 1 and "WORLD_SIZE" not in os.environ,
-    }
-    lacks |= {f"report_to={name}: is unknown; tensorboard, wandb, trackio or none":
-              name not in {"none", "all", "tensorboard", "wandb", "trackio"} for name in sorted(reports)}
-    lacks |= {f"{name}: the settings need it, it is not installed; `pip install {name}`":
-              not importlib.util.find_spec(name) for name in sorted(needed)}
-    # fmt: on
-    return [text for text, applies in lacks.items() if applies]
 
 
 # ------------------------------------------------------------------------------------------------------ preferences
@@ -1569,7 +1544,7 @@ def main(argv: list[str] | None = None) -> int:
     trainer = None
     try:
         s, problems = parse_settings(sys.argv[1:] if argv is None else argv)
-        problems, lacking = problems + check_settings(s), check_machine(s)
+        problems, lacking = problems + check_settings(s), find_broken(s, MACHINE_RULES)
         if problems or (lacking and not s.dry_run):
             raise UserError("\n".join(problems + lacking))
         with open_output(s) if is_main() and not s.dry_run else nullcontext():
