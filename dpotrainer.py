@@ -791,9 +791,8 @@ class PreferenceTrainer(trl.DPOTrainer):
 
     def require_finite(self, value, what: str, inputs: dict):
         if not math.isfinite(value):
-            text = ADVICE["not finite"][1].format(
-                what=what, step=self.state.global_step + 1, lr=self.args.learning_rate
-            )
+            text = f"the {what} is not finite at step {self.state.global_step + 1}, the last checkpoint is kept: " \
+                f"lower learning_rate ({self.args.learning_rate:g}), raise beta, or use bf16, not fp16"  # fmt: skip
             rows = [row[:60] for row in inputs["input_ids"].chunk(2)[0].tolist()] if inputs else []
             raise UserError("\n  ".join([text, *map(repr, self.processing_class.batch_decode(rows))]), status=1)
         return value
@@ -1173,8 +1172,6 @@ ADVICE = {  # kind: (when, and why this threshold; what to say), in the numbers 
         "answers grew {length_ratio:.1f} times as long as pairs ask for: try sigmoid_norm or more beta ({beta:g})"),
     "runaway": (lambda n: (n.loss_type == ["sigmoid"] and n.loss > 3 * LN2) or n.nats > 1000,  # ln 2: untrained
         "stopped at loss {loss:.3g}, {nats:.0f} nats away: learning_rate {lr:g} destroys the model; 5e-6 is usual"),
-    "not finite": (lambda n: False,  # raised by the trainer, at the step itself
-        "the {what} is not finite at step {step}: lower learning_rate ({lr:g}), raise beta, or use bf16, not fp16"),
 }
 # fmt: on
 
@@ -1231,17 +1228,18 @@ class Report(transformers.TrainerCallback):
         if "train_runtime" in logs:  # totals, of a training that is over, are no log line
             self.totals = state.log_history.pop()
             return self.bar.close()
-        history, (step, then), now = state.log_history, self.shown, time.perf_counter()
-        speed = {"pairs/s": (state.global_step - step) * self.s.global_batch_size / (now - then)}
+        history, (step, then) = state.log_history, self.shown
+        pairs, seconds = (state.global_step - step) * self.s.global_batch_size, time.perf_counter() - then
+        speed = {"pairs/s": pairs / seconds} if "loss" in logs else {}
         if is_main():
             skipped = "runtime|per_second|preparation_time"  # they differ from run to run
-            rows = ({"step": row["step"]} | {k: row[k] for k in sorted(row) if not re.search(skipped, k)}
-                    for row in history)  # fmt: skip
+            rows = [{"step": row["step"]} | {k: row[k] for k in sorted(row) if not re.search(skipped, k)}
+                    for row in history]  # fmt: skip
             write_file(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
             if control.should_save or "eval_loss" in logs:  # a picture takes half a second
                 draw_rewards(history, self.s, self.folder / "rewards.png")
         with tqdm.external_write_mode():  # the bar steps aside
-            say(*[HEADER] * (len(history) % 20 == 0), format_row(history[-1] | (speed if "loss" in logs else {})))
+            say(*[HEADER] * (len(history) % 20 == 0), format_row(history[-1] | speed))
             self.give(advise(history, self.s))
         self.shown = state.global_step, time.perf_counter()
 
@@ -1285,14 +1283,13 @@ def answer_prompts(trainer: PreferenceTrainer, prompts: list[list[int]], **sampl
     policy, tokenizer, answers = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, []
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(policy.device)
     ends = np.atleast_1d(policy.generation_config.eos_token_id).tolist()  # training has added the tokenizer's
+    sampling |= {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id, "max_new_tokens": 256}
     start = use_adapter(policy, "ref" if "ref" in policy.peft_config else None)  # of no effect on a second model
     for model, adapter in ((trainer.ref_model or policy, start), (policy, nullcontext())):
         transformers.set_seed(trainer.args.seed)
         with trainer.accelerator.autocast(), adapter:
-            rows = model.generate(**batch, **sampling, max_new_tokens=256, use_cache=True, eos_token_id=ends,
-                                  pad_token_id=tokenizer.pad_token_id)[:, batch["input_ids"].shape[1] :]  # fmt: skip
-        last = [next((i for i, token in enumerate(row, 1) if token in ends), None) for row in rows.tolist()]
-        answers.append([row[:end] for row, end in zip(rows.tolist(), last)])
+            rows = model.generate(**batch, **sampling, use_cache=True)[:, batch["input_ids"].shape[1] :].tolist()
+        answers.append([row[: next((i for i, token in enumerate(row, 1) if token in ends), None)] for row in rows])
     return answers
 
 
@@ -1328,14 +1325,14 @@ def summarize(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report)
     held_out = [row for row in trainer.state.log_history if "eval_loss" in row]
     minutes, speed = report.totals["train_runtime"] / 60, report.totals["train_samples_per_second"]
     memory = f"; peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-    files = [name for name in ("metrics.jsonl", "rewards.png", "samples.md", "merged")
-             if Path(s.output_dir, name).exists()]  # fmt: skip
+    names = ("metrics.jsonl", "rewards.png", "samples.md", "merged")
+    files = ", ".join(name for name in names if Path(s.output_dir, name).exists())
     load = f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({s.output_dir!r})"
     return "\n".join([
         f"{trainer.state.global_step} steps of {s.global_batch_size} pairs; this run: {minutes:.1f} minutes, "
         f"{speed:.2f} pairs/s with evaluation and saving{memory * torch.cuda.is_initialized()}",
         HEADER, *map(format_row, held_out[:1] + held_out[1:][-1:]), *(f"! {text}" for text in report.advice.values()),
-        f"in {s.output_dir}: the adapter, {', '.join(files)}",
+        f"in {s.output_dir}: the adapter, {files}",
         f"next: merge it, `python -c \"{load}.merge_and_unload().save_pretrained('merged')\"`",
     ])  # fmt: skip
 
