@@ -45,6 +45,7 @@ from typing import Any, Literal
 
 import datasets
 import numpy as np
+import pandas as pd
 import peft
 import pyarrow.compute as pc
 import torch
@@ -190,8 +191,9 @@ RULES = (  # setting, when its value v is wrong beside all settings s, why, and 
     ("output_dir", lambda v, s: not v or not can_write(v), "is not a folder that can be written; choose another"),
 )
 MACHINE_RULES = (  # the same, of what the machine must have
-    ("use_cpu", lambda v, s: not v and not torch.cuda.is_available(), "no CUDA GPU; `python dpotrainer.py --config "
-     "configs/quickstart.yaml` runs anywhere, `--use_cpu true` serves tiny models"),
+    ("use_cpu", lambda v, s: not v and not torch.cuda.is_available(),
+     "no CUDA GPU; `python dpotrainer.py --config configs/quickstart.yaml` runs anywhere, "
+     "`--use_cpu true` serves tiny models"),
     ("use_cpu", lambda v, s: not v and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ,
      "several GPUs but one process; CUDA_VISIBLE_DEVICES=0 uses one, "
      "`accelerate launch --config_file configs/accelerate/ddp.yaml dpotrainer.py` all"),
@@ -764,9 +766,8 @@ class PreferenceTrainer(trl.DPOTrainer):
 
     def require_finite(self, value, what: str, inputs: dict):
         if not math.isfinite(value):
-            text = ADVICE["not finite"][1].format(
-                what=what, step=self.state.global_step + 1, lr=self.args.learning_rate
-            )
+            text = f"the {what} is not finite at step {self.state.global_step + 1}, the last checkpoint is kept: " \
+                f"lower learning_rate ({self.args.learning_rate:g}), raise beta, or use bf16, not fp16"  # fmt: skip
             rows = [row[:60] for row in inputs["input_ids"].chunk(2)[0].tolist()] if inputs else []
             raise UserError("\n  ".join([text, *map(repr, self.processing_class.batch_decode(rows))]), status=1)
         return value
@@ -1080,20 +1081,17 @@ def measure_model(s, start, shared: int, padded: int) -> tuple[int, int, dict[st
     return total, trained, {name: size / 2**30 for name, size in sizes.items()}, reason
 
 
-def make_plan(s, args, start, train, held_out) -> tuple[list[str], list[str]]:
-    """(short, long) lines of what will happen, every derived number included; the weights are not read."""
-    lengths, needed, size = token_lengths(train), np.asarray(train["needed_tokens"]), s.per_device_train_batch_size
-    longest = lengths["prompt"] + np.maximum(lengths["chosen"], lengths["rejected"])
-    longest = np.random.default_rng(s.seed).permutation(np.minimum(longest, s.max_length or np.inf)).astype(int)
+def make_plan(s, args, start, train, held_out) -> list[str]:
+    """Lines on what will happen, every derived number included, more of them in a dry run; no weights are read."""
+    lengths, needed, size = token_lengths(train), np.sort(train["needed_tokens"]), s.per_device_train_batch_size
+    longest = (lengths["prompt"] + np.maximum(lengths["chosen"], lengths["rejected"])).clip(max=s.max_length)
+    longest = np.random.default_rng(s.seed).permutation(longest)
     padded = sum(2 * len(rows) * rows.max() for rows in np.split(longest, range(size, len(longest), size)))
-    largest = int(np.sort(needed)[-size:].sum()), int(2 * size * longest.max())
-    total, trained, gib, reason = measure_model(s, start, *largest)
-    disk = gib["adapter"] * (3 * (s.save_total_limit or 1) + 1) + gib["weights"] * (s.merge + s.fresh_adapter)
+    total, trained, gib, reason = measure_model(s, start, int(needed[-size:].sum()), int(2 * size * longest.max()))
     terms = zip(s.loss_weights or [1] * len(s.loss_type), s.loss_type)
     goal = " + ".join(f"{weight:g} x {OBJECTIVES[name]}" for weight, name in terms).removeprefix("1 x ")
     same = "; equals sigmoid, as label_smoothing is 0" if s.loss_type == ["robust"] and not s.label_smoothing else ""
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type
-    spread = {side: np.quantile(counts, [0.05, 0.5, 0.95, 1]).astype(int).tolist() for side, counts in lengths.items()}
     lines = {
         "policy": f"{s.model_name_or_path}, {total:,} weights in {'4-bit' if s.load_in_4bit else s.dtype}, "
                   f"{trained:,} trainable ({trained / total:.2%})",
@@ -1104,22 +1102,29 @@ def make_plan(s, args, start, train, held_out) -> tuple[list[str], list[str]]:
                  f"{args.world_size} process{'es' * (args.world_size > 1)} on {device}",
         "steps": f"{s.planned_steps:,}, learning rate {s.learning_rate:g}, {s.lr_scheduler_type}",
         "prefixes": f"not shared: {reason}" if reason else "shared, and no padding",
-        "output": s.output_dir,  # the short form ends here
-        "tokens": "5%, median, 95%, longest: " + ", ".join(f"{side} {counts}" for side, counts in spread.items()),
-        "per epoch": f"{needed.sum():,} tokens with shared prefixes, {padded:,} in padded rows "
-                     f"({padded / needed.sum():.2f} x)",
-        "memory": f"{', '.join(f'{name} {size:.2f}' for name, size in gib.items())}: {sum(gib.values()):.2f} GiB",
-        "disk": f"{disk:.2f} GiB in {s.output_dir}",
+        "output": s.output_dir,
     }  # fmt: skip
-    text, short = [f"{name:>10}  {value}" for name, value in lines.items()], list(lines).index("output") + 1
-    return text[:short], text[short:]
+    if s.dry_run:
+        spread = {side: np.quantile(counts, [0.05, 0.5, 0.95, 1]).astype(int) for side, counts in lengths.items()}
+        disk = gib["adapter"] * (3 * (s.save_total_limit or 1) + 1) + gib["weights"] * (s.merge + s.fresh_adapter)
+        lines |= {
+            "tokens": f"5%, median, 95%, longest: {', '.join(f'{k} {v.tolist()}' for k, v in spread.items())}",
+            "per epoch": f"{needed.sum():,} tokens with shared prefixes, {padded:,} in padded rows "
+                         f"({padded / needed.sum():.2f} x)",
+            "memory": f"{', '.join(f'{k} {v:.2f}' for k, v in gib.items())}: {sum(gib.values()):.2f} GiB",
+            "disk": f"{disk:.2f} GiB in {s.output_dir}",
+        }  # fmt: skip
+    return [f"{name:>10}  {value}" for name, value in lines.items()]
 
 
 # ------------------------------------------------------------------------------------------------------------- insight
 LN2 = math.log(2)  # the sigmoid loss where policy and reference are equal
-MODES = {"greedy": {"do_sample": False}, "sampled": {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}}
 RECENT = 5  # log lines that make "now": fewer are noise, more hide a turn
 # fmt: off
+COLUMNS = {"step": "d", "loss": ".4f", "rewards/margins": ".4f", "rewards/accuracies": ".3f", "rewards/chosen": ".4f",
+           "rewards/rejected": ".4f", "pairs/s": ".2f", "learning_rate": ".2e"}
+HEADER = " ".join(f"{name.removeprefix('rewards/'):>10}" for name in COLUMNS)
+MODES = {"greedy": {"do_sample": False}, "sampled": {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}}
 ADVICE = {  # kind: (when, and why this threshold; what to say), in the numbers of `advise`
     "flat": (lambda n: n.done >= 0.25 and abs(n.loss - LN2) < 0.005 and abs(n.margins) < 0.01,  # healthy: 0.1 and more
         "nothing moves, loss is {loss:.4f}, margins {margins:.4f}: learning_rate {lr:g} is too small for LoRA, where "
@@ -1139,15 +1144,10 @@ ADVICE = {  # kind: (when, and why this threshold; what to say), in the numbers 
     "longer": (lambda n: n.length_ratio > 1.5,  # half as long again is more than sampling noise
         "answers grew {length_ratio:.1f} times as long as the pairs ask for: length itself may have been learned; try "
         "`loss_type: sigmoid_norm`, which divides by it, or a larger beta (now {beta:g})"),
-    "runaway": (lambda n: (n.sigmoid and n.loss > 2.1) or n.nats > 1000,  # three times ln 2 is worse than no training
+    "runaway": (lambda n: (n.loss_type == ["sigmoid"] and n.loss > 3 * LN2) or n.nats > 1000,  # untrained it is ln 2
         "stopped: loss {loss:.3g} (0.6931 before training), {nats:.0f} nats per answer from the reference: "
         "learning_rate {lr:g} destroys the model, 5e-6 is usual for LoRA; earlier checkpoints are kept"),
-    "not finite": (lambda n: False,  # raised by the trainer, at the step itself
-        "the {what} is not finite at step {step}: stopped at once, the last checkpoint is kept; lower learning_rate "
-        "({lr:g}), raise beta, or train in bf16 instead of fp16"),
 }
-COLUMNS = {"step": "d", "loss": ".4f", "rewards/margins": ".4f", "rewards/accuracies": ".3f", "rewards/chosen": ".4f",
-           "rewards/rejected": ".4f", "pairs/s": ".2f", "learning_rate": ".2e"}
 # fmt: on
 
 
@@ -1156,18 +1156,27 @@ def advise(history: list[dict], s: argparse.Namespace, length_ratio: float = 0.0
     train, held_out = ([row for row in history if key in row] for key in ("loss", "eval_loss"))
     if len(train) < RECENT:
         return {}
-    names = [name for name in COLUMNS if name.startswith(("loss", "rewards/"))]
-    now = {name.removeprefix("rewards/"): np.mean([row[name] for row in train[-RECENT:]]) for name in names}
-    step, share = history[-1]["step"], "eval_rewards/accuracies"
-    held_out = held_out or [{share: now["accuracies"], f"{share}_high": 1, "step": step}]
+    now = pd.DataFrame(train[-RECENT:]).mean().rename(lambda name: name.removeprefix("rewards/"))
+    step, share, high = history[-1]["step"], "eval_rewards/accuracies", "eval_rewards/accuracies_high"
+    held_out = held_out or [{share: now["accuracies"], high: 1, "step": step}]
     best, last = max(held_out, key=lambda row: row[share]), held_out[-1]
     n = argparse.Namespace(
-        **now, accuracy=last[share], high=last[f"{share}_high"], best=best[share], best_step=best["step"],
-        done=step / s.planned_steps if step >= 20 else 0, nats=max(abs(now["chosen"]), abs(now["rejected"])) / s.beta,
-        beta=s.beta, lr=s.learning_rate, length_ratio=length_ratio, sigmoid=s.loss_type == ["sigmoid"],
+        **now[["loss", "margins", "accuracies", "chosen"]], nats=now[["chosen", "rejected"]].abs().max() / s.beta,
+        accuracy=last[share], high=last[high], best=best[share], best_step=best["step"], length_ratio=length_ratio,
+        done=step / s.planned_steps if step >= 20 else 0, beta=s.beta, lr=s.learning_rate, loss_type=s.loss_type,
     )  # fmt: skip
     begin = f"step {step} of {s.planned_steps}: "
     return {kind: begin + text.format(**vars(n)) for kind, (when, text) in ADVICE.items() if when(n)}
+
+
+def format_row(row: dict) -> str:
+    """A log line, aligned below HEADER."""
+    cells = {name.removeprefix("eval_"): value for name, value in row.items()}
+    text = [f"{cells[name]:10{form}}" for name, form in COLUMNS.items() if name in cells]
+    if "eval_loss" in row:
+        low, high = (cells[f"rewards/accuracies_{end}"] for end in ("low", "high"))
+        text.append(f"held-out, accuracies {low:.3f} to {high:.3f}")
+    return " ".join(text)
 
 
 class Report(transformers.TrainerCallback):
@@ -1175,92 +1184,71 @@ class Report(transformers.TrainerCallback):
 
     def __init__(self, trainer: PreferenceTrainer, s: argparse.Namespace):
         self.trainer, self.s, self.folder, self.advice = trainer, s, Path(s.output_dir), {}
-        self.rows, self.seconds, self.logged = 0, 0.0, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.begun, self.first_step, self.logged = time.time(), state.global_step, state.global_step
-        hidden = args.disable_tqdm or not is_main() or None  # None: only on a terminal
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, disable=hidden)
         if state.global_step:
             state.compute_steps(args, state.max_steps)  # the checkpoint has the save_steps of the run that wrote it
             self.trainer.restore_averages()
         for i in range(len(state.log_history)):  # what was said before the interruption is not said again
             self.advice = advise(state.log_history[: i + 1], self.s) | self.advice
         if is_main():  # lines after the checkpoint, or torn by a crash, go, and come again
-            lines = map(self.metrics_line, state.log_history)
-            write_file(self.folder / "metrics.jsonl", "".join(line for line in lines if "loss" in line))
+            write_file(self.folder / "metrics.jsonl", "".join(map(self.metrics_line, state.log_history)))
+        say(HEADER)
+        hidden = args.disable_tqdm or not is_main() or None  # None: only on a terminal
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, disable=hidden)
+        self.first_step, self.shown = state.global_step, (state.global_step, time.perf_counter())
 
     def metrics_line(self, row: dict) -> str:
-        kept = {k: row[k] for k in sorted(row) if not re.search("runtime|per_second|flos|preparation_time", k)}
-        return json.dumps({"step": row["step"]} | kept) + "\n"
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.started = time.perf_counter()
+        kept = sorted(name for name in row if not re.search("runtime|per_second|preparation_time", name))
+        return json.dumps({"step": row["step"]} | {name: row[name] for name in kept}) + "\n"
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seconds += time.perf_counter() - self.started
         self.bar.update()
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
-
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if is_main() and {"loss", "eval_loss"} & set(logs):
-            row = state.log_history[-1]
+        if "train_runtime" in logs:  # totals, of a training that is over, are no log line
+            self.totals = state.log_history.pop()
+            return self.bar.close()
+        history, (step, then) = state.log_history, self.shown
+        pairs, seconds = (state.global_step - step) * self.s.global_batch_size, time.perf_counter() - then
+        speed = {"pairs/s": pairs / seconds} if "loss" in logs else {}
+        if is_main():
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(self.metrics_line(row))
-            if "eval_loss" in row or self.rows % 20 == 0:  # a picture takes half a second
-                draw_rewards(state.log_history, self.s, self.folder / "rewards.png")
-            self.show_row(row)
-        self.give(advise(state.log_history, self.s))
-
-    def show_row(self, row: dict) -> None:
-        cells = {name: row.get(name, row.get(f"eval_{name}")) for name in COLUMNS}
-        if "loss" in row:
-            cells["pairs/s"] = (row["step"] - self.logged) * self.s.global_batch_size / max(self.seconds, 1e-9)
-            self.logged, self.seconds = row["step"], 0.0
-        text = [" " * 10 if cells[name] is None else f"{cells[name]:10{form}}" for name, form in COLUMNS.items()]
-        if "eval_loss" in row:
-            low, high = (row[f"eval_rewards/accuracies_{end}"] for end in ("low", "high"))
-            text[-1] = f"held-out, accuracies {low:.3f} to {high:.3f}"
-        if self.rows % 20 == 0:
-            self.bar.write(" ".join(f"{name.removeprefix('rewards/'):>10}" for name in COLUMNS))
-        self.bar.write(" ".join(text))
-        self.rows += 1
+                file.write(self.metrics_line(history[-1]))
+            if "eval_loss" in logs or len(history) % 20 == 1:  # a picture takes half a second
+                draw_rewards(history, self.s, self.folder / "rewards.png")
+        with tqdm.external_write_mode():  # the bar steps aside
+            say(*[HEADER] * (len(history) % 20 == 0), format_row(history[-1] | speed))
+            self.give(advise(history, self.s))
+        self.shown = state.global_step, time.perf_counter()
 
     def give(self, advice: dict[str, str]) -> None:
         if "runaway" in advice:
             raise UserError(advice["runaway"], status=1)
-        new = {kind: text for kind, text in advice.items() if kind not in self.advice}
-        for text in new.values() if is_main() else ():
-            self.bar.write(f"! {text}")
-        self.advice |= new
+        say(*(f"! {text}" for kind, text in advice.items() if kind not in self.advice))
+        self.advice = advice | self.advice
 
 
 def draw_rewards(history: list[dict], s: argparse.Namespace, path: Path) -> None:
     """rewards.png: rewards with the margin between them, accuracies, loss; legible without colours."""
-    points = defaultdict(lambda: np.empty((2, 0)))  # of each metric: steps and values, (2, N)
-    for name in set().union(*history):
-        points[name] = np.array([(row["step"], row[name]) for row in history if name in row]).T
+    log = pd.DataFrame(history).set_index("step")
+    curves = defaultdict(lambda: pd.Series(dtype=float), {name: log[name].dropna() for name in log})
+    moved = curves["rewards/margins"] != 0  # before the first update all pairs tie, which counts as wrong
+    curves["rewards/accuracies"] = curves["rewards/accuracies"][moved].rolling(RECENT, min_periods=1).mean()
+    chosen, rejected = curves["rewards/chosen"], curves["rewards/rejected"]
+    low, high = (curves[f"eval_rewards/accuracies_{end}"] for end in ("low", "high"))
     figure = Figure(figsize=(13, 4), layout="constrained")
     rewards, accuracies, losses = figure.subplots(1, 3)
-    rewards.fill_between(*points["rewards/chosen"], points["rewards/rejected"][1], color="0.88", label="margin")
+    rewards.fill_between(chosen.index, chosen, rejected, color="0.88", label="margin")
     accuracies.axhline(0.5, color="0.5", ls=":", label="chance")
+    accuracies.vlines(low.index, low, high, color="k", label="95% interval")
     if s.loss_type == ["sigmoid"]:
         losses.axhline(LN2, color="0.5", ls=":", label="ln 2: policy = reference")
-    steps, share = points["eval_rewards/accuracies"]
-    interval = [abs(points[f"eval_rewards/accuracies_{end}"][1] - share) for end in ("low", "high")]
-    accuracies.errorbar(steps, share, interval, fmt="none", ecolor="k", capsize=3, label="95% interval")
-    curves = ((rewards, "rewards/chosen", "C0-", "C0o"), (rewards, "rewards/rejected", "C3--", "C3s"),
-              (accuracies, "rewards/accuracies", "C0-", "C0o"), (losses, "loss", "C0-", "C0o"))  # fmt: skip
-    for axes, name, line, marker in curves:
-        steps, values = points[name]
-        if axes is accuracies:
-            moved = points["rewards/margins"][1] != 0  # before the first update all pairs tie, which counts as wrong
-            steps, values = steps[moved], values[moved]
-            values = [values[max(0, i - RECENT) : i].mean() for i in range(1, len(values) + 1)]
-        axes.plot(steps, values, line, lw=2, label=f"{name}, train")
-        axes.plot(*points[f"eval_{name}"], marker, mec="k", label=f"{name}, held-out")
+    panels = {"rewards/chosen": rewards, "rewards/rejected": rewards, "rewards/accuracies": accuracies, "loss": losses}
+    for name, axes in panels.items():
+        line, marker = ("C3--", "C3s") if name == "rewards/rejected" else ("C0-", "C0o")
+        axes.plot(curves[name], line, lw=2, label=f"{name}, train")
+        axes.plot(curves[f"eval_{name}"], marker, mec="k", label=f"{name}, held-out")
         axes.set_xlabel("optimizer step")
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
@@ -1270,65 +1258,64 @@ def draw_rewards(history: list[dict], s: argparse.Namespace, path: Path) -> None
     os.replace(f"{path}.tmp", path)
 
 
-def answer_prompts(trainer: PreferenceTrainer, s: argparse.Namespace, mode: str) -> list[tuple[str, int, int]]:
-    """(Markdown, tokens of the reference's answer, of the policy's) for each prompt; one batch each, with KV cache."""
-    policy, tokenizer = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class
-    prompts, answers, samples = trainer.eval_dataset["prompt_ids"][: s.sample_prompts], [], []
+def answer_prompts(trainer: PreferenceTrainer, prompts: list[list[int]], **sampling) -> list[list[list[int]]]:
+    """Tokens of the reference's answer to each prompt, and of the policy's: one batch each, with the same seed."""
+    policy, tokenizer, answers = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, []
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(policy.device)
-    starting = use_adapter(policy, "ref" if "ref" in policy.peft_config else None)  # of no effect on a second model
-    for model, adapter in ((trainer.ref_model or policy, starting), (policy, nullcontext())):
-        transformers.set_seed(s.seed)
-        with torch.no_grad(), trainer.accelerator.autocast(), adapter:
-            out = model.generate(**batch, **MODES[mode], max_new_tokens=256, use_cache=True,
-                                 pad_token_id=tokenizer.pad_token_id)[:, batch["input_ids"].shape[1] :]  # fmt: skip
-        ends = {tokenizer.eos_token_id, *np.atleast_1d(model.generation_config.eos_token_id).tolist()}
-        last = [next((i for i, token in enumerate(row, 1) if token in ends), None) for row in out.tolist()]
-        answers.append([row[:end] for row, end in zip(out.tolist(), last)])
-    for prompt, *both in zip(prompts, *answers):
-        pair = dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), (prompt, *both)))
-        *logps, _ = trainer.pair_logps(policy, trainer._prepare_inputs(trainer.data_collator([pair])))
-        rewards = s.beta * (torch.cat(logps[:2]) - torch.cat(logps[2:]))
-        text = f"## {mode}\n\n```text\n{tokenizer.decode(prompt)}\n```\n"
-        for name, answer, reward in zip(("reference", "policy"), both, rewards.tolist()):
-            text += f"\n**{name}**, {len(answer)} tokens, reward {reward:.4f}\n"
-            text += f"\n```text\n{tokenizer.decode(answer)}\n```\n"
-        samples.append((text, *map(len, both)))
-    return samples
+    ends = np.atleast_1d(policy.generation_config.eos_token_id).tolist()  # training has added the tokenizer's
+    sampling |= {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id, "max_new_tokens": 256}
+    start = use_adapter(policy, "ref" if "ref" in policy.peft_config else None)  # of no effect on a second model
+    for model, adapter in ((trainer.ref_model or policy, start), (policy, nullcontext())):
+        transformers.set_seed(trainer.args.seed)
+        with trainer.accelerator.autocast(), adapter:
+            rows = model.generate(**batch, **sampling, use_cache=True)[:, batch["input_ids"].shape[1] :].tolist()
+        answers.append([row[: next((i for i, token in enumerate(row, 1) if token in ends), None)] for row in rows])
+    return answers
 
 
 def show_samples(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) -> None:
     """samples.md, its first three on the console, and advice if answers grew longer than the pairs ask for."""
-    if is_sharded() or trainer.eval_dataset is None or not s.sample_prompts:
-        return say("no samples: the model is sharded over processes") if is_sharded() else None
-    if is_main():
-        text, before, after = zip(*(sample for mode in MODES for sample in answer_prompts(trainer, s, mode)))
-        head = f"# Held-out prompts, greedy, then sampled (seed {s.seed}); reward = beta * (log pi - log pi_ref)\n"
-        write_file(Path(s.output_dir, "samples.md"), "\n".join([head, *text]))
-        say("", *text[:3])
-        asked = {side: counts.mean() for side, counts in token_lengths(trainer.train_dataset).items()}
-        grown = sum(after) / sum(before) / max(1, asked["chosen"] / asked["rejected"])
-        report.give(advise(trainer.state.log_history, s, grown))
+    if is_sharded():
+        return say("no samples: the model is sharded over processes")
+    if is_main() and s.sample_prompts and trainer.eval_dataset is not None:
+        policy, decode = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class.decode
+        prompts, block = trainer.eval_dataset["prompt_ids"][: s.sample_prompts], "```text\n{}\n```\n".format
+        samples, sizes = [], []
+        for mode, sampling in MODES.items():
+            for prompt, *answers in zip(prompts, *answer_prompts(trainer, prompts, **sampling)):
+                pair = dict(zip(PREPARED, (prompt, *answers)))
+                *logps, _ = trainer.pair_logps(policy, trainer._prepare_inputs(trainer.data_collator([pair])))
+                rewards = s.beta * (torch.cat(logps[:2]) - torch.cat(logps[2:]))
+                sizes.append([len(answer) for answer in answers])
+                parts = [f"## {mode}", block(decode(prompt))]
+                for name, answer, reward in zip(("reference", "policy"), answers, rewards.tolist()):
+                    parts += [f"**{name}**, {len(answer)} tokens, reward {reward:.4f}", block(decode(answer))]
+                samples.append("\n\n".join(parts))
+        head = f"# Held-out prompts, greedy, then sampled (seed {s.seed}); reward = beta * (log pi - log pi_ref)\n\n"
+        write_file(Path(s.output_dir, "samples.md"), head + "\n".join(samples))
+        say("", *samples[:3])
+        (before, after), asked = np.sum(sizes, 0), token_lengths(trainer.train_dataset)
+        ratio = after / before / max(1, asked["chosen"].sum() / asked["rejected"].sum())
+        report.give(advise(trainer.state.log_history, s, ratio))
     trainer.accelerator.wait_for_everyone()
 
 
 def summarize(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) -> str:
-    """Held-out figures first and last, steps, time, speed, memory, advice, files, and the next command."""
+    """Steps, time, speed, memory, held-out figures first and last, advice, files, and the next command."""
     held_out = [row for row in trainer.state.log_history if "eval_loss" in row]
-    steps, seconds = trainer.state.global_step - report.first_step, time.time() - report.begun
-    lines = [f"{trainer.state.global_step} steps of {s.global_batch_size} pairs; this run: {steps} in "
-             f"{seconds / 60:.1f} minutes, {steps * s.global_batch_size / seconds:.2f} pairs/s with evaluation and "
-             "saving"]  # fmt: skip
-    if torch.cuda.is_initialized():
-        lines.append(f"peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    for name, row in zip(("first", "last"), held_out[:1] + held_out[1:][-1:]):
-        figures = [f"{column} {row[f'eval_{column}']:.4f}" for column in COLUMNS if f"eval_{column}" in row]
-        lines.append(f"held-out, {name} (step {row['step']}): {', '.join(figures)}")
+    steps, seconds = trainer.state.global_step - report.first_step, report.totals["train_runtime"]
+    memory = f"; peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
     names = ("metrics.jsonl", "rewards.png", "samples.md", "merged")
     files = ", ".join(name for name in names if Path(s.output_dir, name).exists())
     load = f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({s.output_dir!r})"
-    lines += [*(f"! {text}" for text in report.advice.values()), f"in {s.output_dir}: the adapter, {files}",
-              f"next: merge it, `python -c \"{load}.merge_and_unload().save_pretrained('merged')\"`"]  # fmt: skip
-    return "\n".join(lines)
+    return "\n".join([
+        f"{trainer.state.global_step} steps of {s.global_batch_size} pairs; this run: {steps} in {seconds / 60:.1f} "
+        f"minutes, {steps * s.global_batch_size / seconds:.2f} pairs/s with evaluation and saving"
+        f"{memory * torch.cuda.is_initialized()}",
+        HEADER, *map(format_row, held_out[:1] + held_out[1:][-1:]), *(f"! {text}" for text in report.advice.values()),
+        f"in {s.output_dir}: the adapter, {files}",
+        f"next: merge it, `python -c \"{load}.merge_and_unload().save_pretrained('merged')\"`",
+    ])  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -1521,8 +1508,7 @@ def prepare(s: argparse.Namespace) -> tuple:
     args.eval_strategy = args.eval_strategy if held_out is not None else "no"
     epoch = math.ceil(len(train) / s.global_batch_size)
     s.planned_steps = s.max_steps if s.max_steps > 0 else math.ceil(s.num_train_epochs * epoch)
-    short, long = make_plan(s, args, start, train, held_out)
-    say(format_report(counts), *short, *(long if s.dry_run else []))
+    say(format_report(counts), *make_plan(s, args, start, train, held_out))
     say(*([describe_pair(start.tokenizer, train[0], s.max_length)] if s.dry_run else []))
     return args, start, train, held_out
 

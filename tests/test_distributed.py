@@ -187,7 +187,9 @@ def test_only_the_main_process_prints(run, one, tmp_path):
     main, other = run(2, sample_prompts=2)
     libraries = ("Loading weights", "real_accelerator.py")  # transformers, and DeepSpeed where it is installed
     assert not [line for line in other.splitlines() if line.strip() and not any(map(line.count, libraries))], other
-    assert len(re.findall(r"^ +\d+ +\d\.\d{4} ", main, flags=re.MULTILINE)) == 8 + 2 and main.count("policy  ") == 1
+    assert (
+        len(re.findall(r"^ +\d+ +\d\.\d{4} ", main, flags=re.MULTILINE)) == 8 + 2 + 2 and main.count("policy  ") == 1
+    )
     same_trajectory(tmp_path / "out", one)
     assert (tmp_path / "out" / "samples.md").read_text().count("## ") == 4
 

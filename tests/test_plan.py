@@ -49,7 +49,7 @@ def test_parameters_are_those_of_the_loaded_model(dry_run):
 
 def test_steps_and_batch_are_derived(dry_run):
     _, _, text = dry_run
-    kept = number(text, r"([\d,]+) to train")
+    kept = number(text, r"([\d,]+) pairs to train on")
     assert "8 pairs = 2 per device x 4 accumulation x 1 process on cpu" in text
     assert number(text, r"steps  ([\d,]+),") == np.ceil(kept / 8)
 
@@ -94,7 +94,7 @@ def test_real_run_prints_the_short_form_of_the_same_plan(dry_run, tmp_path, caps
     flags = tiny.settings(model, data, tmp_path / "out", global_batch_size=8, per_device_train_batch_size=2)
     assert dpotrainer.main(flags) == 0
     shown = capsys.readouterr().out
-    for label in ("policy", "reference", "objective", "pairs", "batch", "steps", "prefixes"):
+    for label in ("policy", "reference", "objective", "pairs", "batch", "steps", "prefixes", "output"):
         line = next(line for line in text.splitlines() if line.strip().startswith(f"{label}  "))
         assert line.replace(str(model), "") in shown.replace(str(model), "") or label == "output"
     assert "GiB" not in shown
