@@ -34,13 +34,14 @@ import shutil
 import signal
 import sys
 import time
+import traceback
+import uuid
 import warnings
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields
 from numbers import Number
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any, Literal
 
 import datasets
@@ -53,7 +54,6 @@ import torch.nn.functional as F
 import transformers
 import trl
 import yaml
-from accelerate.data_loader import SeedableRandomSampler
 from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HOME
 from matplotlib.figure import Figure
@@ -168,7 +168,8 @@ RULES = (  # setting, when its value v is wrong beside all settings s, why, and 
     ("reference", lambda v, s: v == "adapter" and s.fresh_adapter, "copies what fresh_adapter merges; auto"),
     ("use_peft", lambda v, s: not v, "is another program's work; `trl dpo` trains all weights"),
     ("merge", lambda v, s: v and (s.load_in_4bit or s.load_in_8bit), "needs a bf16 base; README, 'Merging', says how"),
-    ("precompute_ref_log_probs", lambda v, s: v and is_sharded(), "needs a model in one piece; leave it out"),
+    ("precompute_ref_log_probs", lambda v, s: v and (is_sharded() or s.fsdp or s.deepspeed),
+     "needs a model in one piece; leave it out"),
     ("train_sampling_strategy", lambda v, s: v not in ("random", "sequential"), "weighs pairs unequally; random"),
     ("truncation_mode", lambda v, s: v != "keep_start", "would cut prompts; keep_start"),
     ("eval_do_concat_batches", lambda v, s: not v, "breaks the exact evaluation; leave it out"),
@@ -178,6 +179,10 @@ RULES = (  # setting, when its value v is wrong beside all settings s, why, and 
     ("auto_find_batch_size", lambda v, s: v, "would change the global batch; lower per_device_train_batch_size"),
     ("resume_from_checkpoint", lambda v, s: v, "follows from what output_dir holds; the same command continues"),
     ("padding_free", lambda v, s: v, "is ignored by TRL; `share_prefixes: true` pads nothing"),
+    ("save_strategy", lambda v, s: v not in ("steps", "epoch"), "would leave nothing to resume from; steps"),
+    ("push_to_hub", lambda v, s: v, "would push before all is written; afterwards, `hf upload NAME OUTPUT_DIR`"),
+    *((f"torch_compile_{part}", lambda v, s: v and not s.torch_compile, "has no effect; add `torch_compile: true`")
+      for part in ("backend", "mode")),
     ("save_only_model", lambda v, s: v, "would leave nothing to resume from; leave it out"),
     ("use_liger_kernel", lambda v, s: v, "is deprecated in TRL; leave it out"),
     ("model_init_kwargs", lambda v, s: v, "is for models that TRL loads; dtype, attn_implementation, model_revision"),
@@ -202,8 +207,9 @@ MACHINE_RULES = (  # the same, of what the machine must have
      "needs an Ampere GPU (2020) or newer; `--bf16 false --fp16 true --dtype float16`"),
     *(("report_to", lambda v, s, name=name: name in np.atleast_1d(v) and not importlib.util.find_spec(name),
        f"is not installed; `pip install {name}`") for name in ("tensorboard", "wandb", "trackio")),
-    *((name, lambda v, s: (v is True or "8bit" in str(v)) and not importlib.util.find_spec("bitsandbytes"),
-       "needs bitsandbytes; `pip install bitsandbytes`") for name in ("load_in_4bit", "load_in_8bit", "optim")),
+    *((name, lambda v, s: (v is True or re.search(r"bnb|paged|lion|ademamix|adamw_8bit", str(v)))
+       and not importlib.util.find_spec("bitsandbytes"), "needs bitsandbytes; `pip install bitsandbytes`")
+      for name in ("load_in_4bit", "load_in_8bit", "optim")),
 )
 # fmt: on
 
@@ -309,11 +315,11 @@ def check_batch(s: argparse.Namespace) -> list[str]:
     per_pass = s.per_device_train_batch_size * world
     if "per_device_eval_batch_size" not in s.given:
         s.per_device_eval_batch_size = s.per_device_train_batch_size
-    if given not in (None, "constants") and s.given["global_batch_size"] == "constants":
+    if given not in (None, "constants") and s.given.get("global_batch_size") in (None, "constants"):
         s.global_batch_size = per_pass * s.gradient_accumulation_steps  # a file for `trl dpo` keeps its meaning
     steps, rest = divmod(s.global_batch_size, per_pass)
     if rest:
-        sizes = [n for n in range(1, s.global_batch_size + 1) if s.global_batch_size % (n * world) == 0]
+        sizes = [n for n in range(1, min(s.global_batch_size, 999) + 1) if s.global_batch_size % (n * world) == 0]
         fix = f"per_device_train_batch_size one of {sizes}" if sizes else f"a multiple of {world}"
         passes = f"{s.per_device_train_batch_size} per device x {world} processes"
         return [f"global_batch_size={s.global_batch_size}: is no multiple of {passes}; {fix}"]
@@ -720,8 +726,8 @@ def build_trainer(s, args, start, train, held_out) -> "PreferenceTrainer":
 class BalancedSampler(torch.utils.data.Sampler):
     """The pairs in `order`, those of each optimizer step dealt out so that its forward passes have alike much to do.
 
-    Which pairs make a step stays as it was, and so does its gradient; but no process waits long for another, and no
-    pass needs much more memory than the others.
+    Which pairs make a step stays as it was, and so does its gradient (but for aot, aot_unpaired and sft, which look at
+    all pairs of a pass); but no process waits long for another, and no pass needs much more memory than the others.
     """
 
     def __init__(self, order, needed: np.ndarray, size: int, passes: int):
@@ -751,18 +757,13 @@ class PreferenceTrainer(trl.DPOTrainer):
     def _prepare_dataset(self, dataset, *_):
         return dataset  # load_preferences has tokenised and checked it
 
-    def _get_train_sampler(self, dataset=None):
-        order, args = super()._get_train_sampler(dataset), self.args
-        if not self.data_collator.share_prefixes or args.train_sampling_strategy != "random":
-            return order
-        order = SeedableRandomSampler(
-            order.data_source, data_seed=args.seed if args.data_seed is None else args.data_seed
-        )
-        needed, passes = (
-            np.array(self.train_dataset["needed_tokens"]),
-            args.gradient_accumulation_steps * args.world_size,
-        )
-        return BalancedSampler(order, needed, args.per_device_train_batch_size, passes)
+    def get_train_dataloader(self):
+        loader, args = super().get_train_dataloader(), self.args
+        if self.data_collator.share_prefixes and args.train_sampling_strategy == "random":
+            passes, needed = args.gradient_accumulation_steps * args.world_size, self.train_dataset["needed_tokens"]
+            sampler = BalancedSampler(loader.get_sampler(), np.array(needed), args.per_device_train_batch_size, passes)
+            loader.set_sampler(sampler)  # in all of accelerate's layers, so that a resumed epoch has its own order
+        return loader
 
     def require_finite(self, value, what: str, inputs: dict):
         if not math.isfinite(value):
@@ -884,20 +885,22 @@ def cache_reference(trainer: PreferenceTrainer, s: argparse.Namespace, folder: P
     folder.mkdir(parents=True, exist_ok=True)
     names = [name for name in ("train_dataset", "eval_dataset") if getattr(trainer, name) is not None]
     pairs, known = datasets.concatenate_datasets([getattr(trainer, name) for name in names]), read()
-    trainer.accelerator.wait_for_everyone()  # all look before any adds, so that all divide the same work
-    todo = [i for i, pair in enumerate(pairs["pair_hash"]) if pair not in known]
+    todo = [(i, pair) for i, pair in enumerate(pairs["pair_hash"]) if pair not in known]
     say(f"reference log-probs: {len(pairs) - len(todo)} of {len(pairs)} pairs are in {folder}")
-    # HF_HOME may be each host's own; a file of one's own needs no lock, and a kill costs one batch
-    mine = todo[trainer.accelerator.local_process_index :: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))]
+    # by hash, so that all divide alike whatever others add meanwhile; per host, as HF_HOME may be each host's own
+    local, world = trainer.accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    mine = [i for i, pair in todo if pair % world == local]
     size = s.precompute_ref_batch_size or s.per_device_eval_batch_size
-    with NamedTemporaryFile(dir=folder, buffering=0, delete=False) if mine else nullcontext() as file:
+    with open(folder / uuid.uuid4().hex, "xb") if mine else nullcontext() as file:  # one's own: needs no lock
         for at in tqdm(range(0, len(mine), size), desc="reference", disable=None if is_main() and todo else True):
             rows = [pairs[i] for i in mine[at : at + size]]
             batch = trainer._prepare_inputs(trainer.data_collator(rows))
             logps = torch.stack(trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch), dim=1)
+            trainer.require_finite(logps.sum().item(), "reference's log-prob", batch)
             file.write(
                 np.array([(row["pair_hash"], both) for row, both in zip(rows, logps.tolist())], KNOWN).tobytes()
             )
+            file.flush()  # a kill costs one batch
     trainer.accelerator.wait_for_everyone()
     known = read()
     for name in names:
@@ -1320,17 +1323,17 @@ def summarize(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report)
 
 # ------------------------------------------------------------------------------------------------------------- the run
 MANIFEST = "manifest.json"  # in each whole checkpoint: the digests of its files, and what it was trained on
-FREE = (  # settings in which a run and its continuation may differ: the result stays the same, up to rounding
+FREE = (  # settings in which a run and its continuation may differ: its result does not, but for aot and sft
     "output_dir|per_device_.*_batch_size|merge|fsdp|fsdp_config|deepspeed|report_to|run_name|disable_tqdm|log_level|"
     "dataloader_num_workers|dataset_num_proc|sample_prompts|ddp_timeout|local_rank|use_cpu|save_steps|save_total_limit|"
     "precompute_ref_log_probs|share_prefixes|torch_compile.*|gradient_checkpointing(_kwargs)?"
 )
 FAULTS = (  # kind and words of a library's error; exit status, 2 being a mistake found before training; what to do
-    (torch.OutOfMemoryError, "", 1, "out of GPU memory: halve per_device_train_batch_size (only aot and sft then "
-     "differ), turn gradient_checkpointing on, lower max_length, or use configs/qwen3_8b_qlora.yaml"),
+    (torch.OutOfMemoryError, "", 1, "out of GPU memory: halve per_device_train_batch_size (only aot, aot_unpaired and "
+     "sft then differ), turn gradient_checkpointing on, lower max_length, or use configs/qwen3_8b_qlora.yaml"),
     (BaseException, "No space left|quota exceeded|File too large|inline_container", 1,  # the last one is torch.save's
      "a file could not be written, older checkpoints are untouched: make room and run the same command again"),
-    (Timeout, "", 2, "output_dir: another run is writing there; wait, or choose another"),
+    (Timeout, r"/\.lock'", 2, "output_dir: another run is writing there; wait, or choose another"),
     ((ValueError, TypeError, ImportError, NotImplementedError), "", 2, "settings"),
 )  # fmt: skip
 
@@ -1376,9 +1379,10 @@ def open_output(s: argparse.Namespace):
     if s.overwrite and any(folder.glob("[!.]*")):
         with lock:
             say(f"the earlier run was moved to {set_aside(folder, f'{folder.name}-old')}")
+    was_there = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with lock:
-        used = os.listdir(folder) != [".lock"]
+        used = bool({*os.listdir(folder)} - {".lock", "settings.yaml.tmp"})
         before = settings.read_text(encoding="utf-8") if settings.exists() else ""
         if used:
             require_same(folder, yaml.safe_load(before) or {}, yaml.safe_load(settings_yaml(s)))
@@ -1387,6 +1391,8 @@ def open_output(s: argparse.Namespace):
         finally:
             if not used and not (folder / "metrics.jsonl").exists():
                 shutil.rmtree(folder, ignore_errors=True)
+                if was_there:
+                    folder.mkdir(exist_ok=True)
 
 
 def digest_files(folder: Path) -> dict[str, str]:
@@ -1425,8 +1431,11 @@ class Ending(transformers.TrainerCallback):
             signal.signal(number, handler)
 
     def hear(self, number, frame):
-        self.heard = number
-        self.answer_with(signal.SIG_DFL)  # a second signal stops at once
+        if self.heard and time.monotonic() - self.since > 1:  # sooner, it is the first, passed on by a launcher
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        elif not self.heard:
+            self.heard, self.since = number, time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
         heard = torch.tensor(self.heard, device=args.device)
@@ -1435,6 +1444,10 @@ class Ending(transformers.TrainerCallback):
             control.should_save = control.should_training_stop = True
         if state.global_step >= state.max_steps and args.eval_strategy != "epoch":  # which evaluates there anyway
             control.should_evaluate = self.trainer.eval_dataset is not None
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.signal:  # saved at its step; the epoch is not over
+            control.should_save = control.should_evaluate = False
 
     def on_train_end(self, *args, **kwargs):
         self.answer_with(signal.SIG_DFL)
@@ -1517,7 +1530,9 @@ def explain(error: BaseException, preparing: bool) -> UserError:
     """The error as one message that says what to do; one that only its traceback explains is raised again."""
     for kinds, words, status, fix in FAULTS:
         if isinstance(error, kinds) and re.search(words, str(error)) and (preparing or status == 1):
-            return UserError(f"{fix}: {' '.join(str(error).split())[:500]}", status)
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            text = f"{' '.join(str(error).split())[:500]} ({Path(place.filename).name}, line {place.lineno})"
+            return UserError(f"{fix}: {text}", status)
     raise error
 
 

@@ -204,6 +204,15 @@ def test_a_run_moves_between_two_processes_and_one(run, one, tmp_path, inputs):
     compare_evaluation(inputs[0], tmp_path / "out", inputs[1])
 
 
+def test_two_processes_resume_in_the_second_epoch(run, tmp_path):
+    """Each epoch has an order of its own, which a resumed run has to find again."""
+    run(2, num_train_epochs=2)
+    whole = (tmp_path / "out").rename(tmp_path / "whole")
+    run(2, status=143, num_train_epochs=2, only=[(0, functools.partial(send, at=11, signals=[signal.SIGTERM]))])
+    run(2, num_train_epochs=2)
+    assert tiny.losses(tmp_path / "out") == tiny.losses(whole) and len(tiny.losses(whole)) == 16
+
+
 def test_accumulation_over_two_processes(run, one, tmp_path):
     run(2, per_device_train_batch_size=1, per_device_eval_batch_size=3)
     same_trajectory(tmp_path / "out", one)

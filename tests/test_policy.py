@@ -447,6 +447,17 @@ def test_a_torn_cache_is_no_harm(damage, base, train, cached):
     close(without, after, 1e-6)
 
 
+def test_a_reference_that_is_not_finite_is_told_and_not_kept(base, train, cached, monkeypatch):
+    *_, folder = cached(base, "good", max_steps=1)
+    shutil.rmtree(folder)
+    nan = torch.full((4,), torch.nan)
+    with monkeypatch.context() as changed:
+        changed.setattr(dpotrainer.PreferenceTrainer, "compute_ref_log_probs", lambda *_: (nan, nan))
+        _, printed = train(base, "out", status=1, precompute_ref_log_probs=True, max_steps=1)
+    assert "the reference's log-prob is not finite" in printed
+    assert cached(base, "again", max_steps=1)[1] == 0
+
+
 def die_at_reference_batch(program, batch):
     """kill -9 while the reference's log-probs are computed."""
     compute, calls = program.PreferenceTrainer.compute_ref_log_probs, []

@@ -91,6 +91,19 @@ def test_tensorboard_has_what_metrics_jsonl_has(run, tmp_path):
         assert len(events.Scalars(f"eval/{name}")) == 1
 
 
+def test_a_refused_start_leaves_an_empty_folder_as_it_was(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    run(status=2, data=tmp_path / "nowhere.jsonl")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_start_that_was_killed_while_it_wrote_its_settings_is_no_stranger(run, finished, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "settings.yaml.tmp").write_text("beta: 0.")
+    run()
+    same_result(tmp_path / "out", finished[0])
+
+
 # ------------------------------------------------------------------------------------- changes of the program, by name
 def at_step(program, step, do):
     """Call do(trainer) once, at the beginning of a training step."""
@@ -429,8 +442,35 @@ def test_resuming_is_exact_with_dropout_accumulation_epochs_and_averaged_lines(r
     same_result(tmp_path / "out", whole)
 
 
+def send_twice(program, at, number, seconds):
+    def twice(trainer):
+        os.kill(os.getpid(), number)
+        time.sleep(seconds)
+        os.kill(os.getpid(), number)
+
+    at_step(program, at, twice)
+
+
+def test_an_echo_of_the_signal_is_no_second_one(run, finished, tmp_path):
+    """Schedulers signal every process, and launchers pass on what they got."""
+    run(functools.partial(send, at=6, signals=[signal.SIGTERM, signal.SIGINT, signal.SIGTERM]), status=143)
+    assert (tmp_path / "out" / "checkpoint-6").exists()
+    run()
+    same_result(tmp_path / "out", finished[0])
+
+
+def test_an_interruption_by_epochs_leaves_no_row_of_its_own(run, tmp_path):
+    settings = {"eval_strategy": "epoch", "save_strategy": "epoch", "num_train_epochs": 2, "max_steps": -1}
+    run(**settings)
+    whole = (tmp_path / "out").rename(tmp_path / "whole")
+    run(functools.partial(send, at=3, signals=[signal.SIGTERM]), status=143, **settings)
+    assert not tiny.evaluations(tmp_path / "out") and (tmp_path / "out" / "checkpoint-3").exists()
+    run(**settings)
+    same_result(tmp_path / "out", whole)
+
+
 def test_a_second_signal_stops_at_once(run, finished, tmp_path):
-    run(functools.partial(send, at=6, signals=[signal.SIGTERM, signal.SIGTERM]), status=-signal.SIGTERM)
+    run(functools.partial(send_twice, at=6, number=signal.SIGTERM, seconds=1.2), status=-signal.SIGTERM)
     assert not (tmp_path / "out" / "checkpoint-6").exists() and not (tmp_path / "out" / "adapter_config.json").exists()
     run()
     same_result(tmp_path / "out", finished[0])

@@ -301,6 +301,10 @@ CLASHES = [  # setting, flags that make it clash, the environment that goes with
     ("discopop_tau", ["--discopop_tau", "0.1"], {}),
     ("ref_model_name_or_path", ["--ref_model_name_or_path", "some/model"], {}),
     ("sync_ref_model", ["--sync_ref_model", "true"], {}),
+    ("save_strategy", ["--save_strategy", "no"], {}),
+    ("push_to_hub", ["--push_to_hub", "true"], {}),
+    ("torch_compile_backend", ["--torch_compile_backend", "inductor"], {}),
+    ("torch_compile_mode", ["--torch_compile_mode", "default"], {}),
     ("report_to", ["--report_to", "tensorbord"], {}),
     ("report_to", ["--report_to", "none", "mlflow"], {}),
     ("use_peft", ["--use_peft", "false"], {}),
@@ -479,6 +483,7 @@ def test_several_gpus_but_one_process_is_refused(refuse, monkeypatch):
         (["--load_in_4bit", "true"], "bitsandbytes"),
         (["--load_in_8bit", "true"], "bitsandbytes"),
         (["--optim", "paged_adamw_8bit"], "bitsandbytes"),
+        (["--optim", "lion_32bit"], "bitsandbytes"),
     ],
 )
 def test_a_missing_optional_package_is_named(words, package, refuse, monkeypatch):
