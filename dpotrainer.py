@@ -1333,6 +1333,7 @@ FAULTS = (  # kind and words of a library's error; exit status, 2 being a mistak
      "sft then differ), turn gradient_checkpointing on, lower max_length, or use configs/qwen3_8b_qlora.yaml"),
     (BaseException, "No space left|quota exceeded|File too large|inline_container", 1,  # the last one is torch.save's
      "a file could not be written, older checkpoints are untouched: make room and run the same command again"),
+    (KeyboardInterrupt, "", 130, "interrupted before training began; the same command starts again"),
     (Timeout, r"/\.lock'", 2, "output_dir: another run is writing there; wait, or choose another"),
     ((ValueError, TypeError, ImportError, NotImplementedError), "", 2, "settings"),
 )  # fmt: skip
@@ -1551,7 +1552,8 @@ def main(argv: list[str] | None = None) -> int:
         with open_output(s) if is_main() and not s.dry_run else nullcontext():
             # with overwrite, the main process may not yet have moved the other run aside
             if Path(s.output_dir, "adapter_config.json").exists() and not (s.dry_run or s.overwrite):
-                say(f"{s.output_dir} holds this run, finished: nothing to do (`--overwrite true` starts afresh)")
+                say(f"{s.output_dir} holds this run, finished: nothing to do (`--overwrite true` starts afresh; its "
+                    "README.md has the command that merges it)")  # fmt: skip
                 return 0
             args, start, train, held_out = prepare(s)
             if s.dry_run and lacking:

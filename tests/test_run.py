@@ -91,6 +91,19 @@ def test_tensorboard_has_what_metrics_jsonl_has(run, tmp_path):
         assert len(events.Scalars(f"eval/{name}")) == 1
 
 
+def break_off(program):
+    def load_start(*args):
+        raise KeyboardInterrupt
+
+    program.load_start = load_start
+
+
+def test_ctrl_c_before_training_is_no_traceback(run, tmp_path):
+    printed = run(break_off, status=130)
+    assert "interrupted before training began" in printed and "Traceback" not in printed
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_refused_start_leaves_an_empty_folder_as_it_was(run, tmp_path):
     (tmp_path / "out").mkdir()
     run(status=2, data=tmp_path / "nowhere.jsonl")
