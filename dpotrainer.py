@@ -897,9 +897,8 @@ def cache_reference(trainer: PreferenceTrainer, s: argparse.Namespace, folder: P
             batch = trainer._prepare_inputs(trainer.data_collator(rows))
             logps = torch.stack(trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch), dim=1)
             trainer.require_finite(logps.sum().item(), "reference's log-prob", batch)
-            file.write(
-                np.array([(row["pair_hash"], both) for row, both in zip(rows, logps.tolist())], KNOWN).tobytes()
-            )
+            entries = [(row["pair_hash"], both) for row, both in zip(rows, logps.tolist())]
+            file.write(np.array(entries, KNOWN).tobytes())
             file.flush()  # a kill costs one batch
     trainer.accelerator.wait_for_everyone()
     known = read()
@@ -1325,8 +1324,8 @@ def summarize(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report)
 MANIFEST = "manifest.json"  # in each whole checkpoint: the digests of its files, and what it was trained on
 FREE = (  # settings in which a run and its continuation may differ: its result does not, but for aot and sft
     "output_dir|per_device_.*_batch_size|merge|fsdp|fsdp_config|deepspeed|report_to|run_name|disable_tqdm|log_level|"
-    "dataloader_num_workers|dataset_num_proc|sample_prompts|ddp_timeout|local_rank|use_cpu|save_steps|save_total_limit|"
-    "precompute_ref_log_probs|share_prefixes|torch_compile.*|gradient_checkpointing(_kwargs)?"
+    "dataloader_num_workers|dataset_num_proc|sample_prompts|ddp_timeout|local_rank|use_cpu|save_steps|"
+    "save_total_limit|precompute_ref_log_probs|share_prefixes|torch_compile.*|gradient_checkpointing(_kwargs)?"
 )
 FAULTS = (  # kind and words of a library's error; exit status, 2 being a mistake found before training; what to do
     (torch.OutOfMemoryError, "", 1, "out of GPU memory: halve per_device_train_batch_size (only aot, aot_unpaired and "
@@ -1439,16 +1438,19 @@ class Ending(transformers.TrainerCallback):
             self.heard, self.since = number, time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
-        heard = torch.tensor(self.heard, device=args.device)
-        self.signal = int(self.trainer.accelerator.gather(heard).max())  # not all hear it, or not at the same step
+        self.signal = self.heard
+        if args.world_size > 1:  # not all hear it, or not at the same step
+            heard = torch.tensor(self.signal, device=args.device)
+            self.signal = int(self.trainer.accelerator.gather(heard).max())
         if self.signal:
             control.should_save = control.should_training_stop = True
         if state.global_step >= state.max_steps and args.eval_strategy != "epoch":  # which evaluates there anyway
             control.should_evaluate = self.trainer.eval_dataset is not None
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.signal:  # saved at its step; the epoch is not over
-            control.should_save = control.should_evaluate = False
+        if self.signal:  # saved at its step; again, with its evaluation, where the epoch is over
+            control.should_save = state.epoch % 1 == 0
+            control.should_evaluate &= control.should_save
 
     def on_train_end(self, *args, **kwargs):
         self.answer_with(signal.SIG_DFL)

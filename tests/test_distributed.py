@@ -62,20 +62,27 @@ def launcher_variables(config: Path) -> dict[str, str]:
 
 
 def shard_on_cpu(program):
-    """Let accelerate shard on CPUs: torch can, accelerate asks for it on GPUs alone. Tells how much is sharded."""
+    """Let accelerate shard on CPUs, by torch or DeepSpeed: it asks for it on GPUs alone. Tells how much is sharded."""
     from accelerate.state import AcceleratorState, DistributedType, PartialState
 
     first, train = AcceleratorState.__init__, program.PreferenceTrainer._save_checkpoint
 
-    def init(self, *args, fsdp_plugin=None, **kwargs):
-        first(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-            self.fsdp_plugin = fsdp_plugin
+    def init(self, *args, fsdp_plugin=None, deepspeed_plugin=None, **kwargs):
+        first(self, *args, fsdp_plugin=fsdp_plugin, deepspeed_plugin=deepspeed_plugin, **kwargs)
+        kind = DistributedType.FSDP if fsdp_plugin else DistributedType.DEEPSPEED
+        if (fsdp_plugin or deepspeed_plugin) and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = kind
+            self.fsdp_plugin, self.deepspeed_plugins = fsdp_plugin, deepspeed_plugin
+            if deepspeed_plugin:
+                deepspeed_plugin.set_mixed_precision(self._mixed_precision)
+                deepspeed_plugin.select(_from_accelerator_state=True)
+
+    def is_half(weight):
+        return type(weight).__name__ == "DTensor" or 2 * weight.ds_tensor.numel() == weight.ds_numel
 
     def save(self, *args):
-        kinds = [type(p).__name__ for name, p in self.model.named_parameters() if ".layers." in name]
-        print(f"in decoder layers: {kinds.count('DTensor')} of {len(kinds)} sharded")
+        parts = [is_half(weight) for name, weight in self.model.named_parameters() if "base_layer" in name]
+        print(f"in decoder layers: {sum(parts)} of {len(parts)} sharded")
         return train(self, *args)
 
     AcceleratorState.__init__, program.PreferenceTrainer._save_checkpoint = init, save
@@ -343,35 +350,13 @@ def test_an_sft_start_is_sharded_too(sharded, run, inputs, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------------- ZeRO-3
-def zero3_on_cpu(program):
-    """Let accelerate use DeepSpeed on CPUs: DeepSpeed can, accelerate asks for it on GPUs alone."""
-    from accelerate.state import AcceleratorState, DistributedType, PartialState
-
-    first, train = AcceleratorState.__init__, program.PreferenceTrainer._save_checkpoint
-
-    def init(self, *args, deepspeed_plugin=None, **kwargs):
-        first(self, *args, deepspeed_plugin=deepspeed_plugin, **kwargs)
-        if deepspeed_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
-            deepspeed_plugin.set_mixed_precision(self._mixed_precision)
-            deepspeed_plugin.select(_from_accelerator_state=True)
-            self.deepspeed_plugins = deepspeed_plugin
-
-    def save(self, *args):
-        shares = [p.ds_tensor.numel() / p.ds_numel for name, p in self.model.named_parameters() if "base_" in name]
-        print(f"in decoder layers: {shares.count(0.5)} of {len(shares)} sharded")
-        return train(self, *args)
-
-    AcceleratorState.__init__, program.PreferenceTrainer._save_checkpoint = init, save
-
-
 @pytest.fixture
 def zero3(run, tmp_path):
     """As run, with two processes that share one model as zero3.yaml says."""
     pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
     variables = launcher_variables(cpu_config("zero3", tmp_path))
     assert variables["ACCELERATE_USE_DEEPSPEED"] == "true" and variables["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "3"
-    return functools.partial(run, 2, zero3_on_cpu, variables=variables)
+    return functools.partial(run, 2, shard_on_cpu, variables=variables)
 
 
 def test_zero3_trains_an_sft_start(zero3, run, inputs, tmp_path):

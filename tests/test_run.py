@@ -106,7 +106,8 @@ def test_ctrl_c_before_training_is_no_traceback(run, tmp_path):
 
 def test_a_refused_start_leaves_an_empty_folder_as_it_was(run, tmp_path):
     (tmp_path / "out").mkdir()
-    run(status=2, data=tmp_path / "nowhere.jsonl")
+    (tmp_path / "pairs.jsonl").write_text('{"text": "no pair"}\n')
+    assert "no known layout" in run(status=2, data=tmp_path / "pairs.jsonl")
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -472,14 +473,19 @@ def test_an_echo_of_the_signal_is_no_second_one(run, finished, tmp_path):
     same_result(tmp_path / "out", finished[0])
 
 
-def test_an_interruption_by_epochs_leaves_no_row_of_its_own(run, tmp_path):
-    settings = {"eval_strategy": "epoch", "save_strategy": "epoch", "num_train_epochs": 2, "max_steps": -1}
+@pytest.mark.parametrize("at", [3, 12, 24])
+@pytest.mark.parametrize("save_strategy", ["epoch", "steps"])
+def test_an_interruption_by_epochs_adds_and_loses_no_evaluation(at, save_strategy, run, tmp_path):
+    """In the middle of an epoch, at its end, and at the end of all."""
+    settings = {"eval_strategy": "epoch", "save_strategy": save_strategy, "num_train_epochs": 2}
     run(**settings)
     whole = (tmp_path / "out").rename(tmp_path / "whole")
-    run(functools.partial(send, at=3, signals=[signal.SIGTERM]), status=143, **settings)
-    assert not tiny.evaluations(tmp_path / "out") and (tmp_path / "out" / "checkpoint-3").exists()
+    run(functools.partial(send, at=at, signals=[signal.SIGTERM]), status=143, **settings)
+    assert len(tiny.evaluations(tmp_path / "out")) == at // 12
+    assert (tmp_path / "out" / f"checkpoint-{at}").exists()
     run(**settings)
     same_result(tmp_path / "out", whole)
+    assert [row["step"] for row in tiny.evaluations(whole)] == [12, 24]
 
 
 def test_a_second_signal_stops_at_once(run, finished, tmp_path):
