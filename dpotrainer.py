@@ -886,6 +886,7 @@ def cache_reference(trainer: PreferenceTrainer, s: argparse.Namespace, folder: P
     names = [name for name in ("train_dataset", "eval_dataset") if getattr(trainer, name) is not None]
     pairs, known = datasets.concatenate_datasets([getattr(trainer, name) for name in names]), read()
     todo = [(i, pair) for i, pair in enumerate(pairs["pair_hash"]) if pair not in known]
+    trainer.accelerator.wait_for_everyone()  # all count before the first adds
     say(f"reference log-probs: {len(pairs) - len(todo)} of {len(pairs)} pairs are in {folder}")
     # by hash, so that all divide alike whatever others add meanwhile; per host, as HF_HOME may be each host's own
     local, world = trainer.accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
