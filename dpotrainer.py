@@ -1036,10 +1036,11 @@ def why_not_shared(model, settings=None):
     config = model.config.get_text_config()
     own, asked = functools.partial(getattr, config), functools.partial(getattr, settings)
     layers, router = set(own("layer_types", None) or ()), asked("router_aux_loss_coef", None)
-    router = own("router_aux_loss_coef", 0) if router is None else router
-    virtual = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    special = [name for name in ("attn_logit_softcapping", "attention_dropout", "attn_pdrop") if own(name, None)]
+    special += [name for name, _ in model.named_parameters() if "sinks" in name]
     # fmt: off
     reasons = {
+        "`share_prefixes: false` asks for it": not asked("share_prefixes", True),
         "`attn_implementation` asks for another attention": asked("attn_implementation", None) is not None,
         "it is a vision-language model, whose rows hold images": config is not model.config,
         "its attention cannot be replaced from outside": not getattr(model, "_supports_attention_backend", False),
@@ -1047,12 +1048,9 @@ def why_not_shared(model, settings=None):
             layers - {"full_attention"} or getattr(model, "_is_stateful", False),
         "its attention looks back over a sliding window only":
             not layers and own("sliding_window", None) and own("use_sliding_window", True),
-        "its attention logits are capped": own("attn_logit_softcapping", None) is not None,
-        "its attention has sinks": any("sinks" in name for name, _ in model.named_parameters()),
-        "its attention has dropout": any(own(name, 0) for name in ("attention_dropout", "attn_pdrop")),
-        "its router loss counts each token of both rows": hasattr(config, "output_router_logits") and router,
-        "its adapter adds virtual tokens to each row": virtual,
-        "`share_prefixes: false` asks for it": not asked("share_prefixes", True),
+        f"its attention is not the plain one ({', '.join(special)})": special,
+        "its router loss counts each token of both rows":
+            hasattr(config, "output_router_logits") and (config.router_aux_loss_coef if router is None else router),
     }
     # fmt: on
     return next((reason for reason, applies in reasons.items() if applies), None)

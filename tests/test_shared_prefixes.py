@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
@@ -578,10 +578,6 @@ def test_saved_model_keeps_no_trace(tmp_path):
 # ------------------------------------------------------------------------------------------------------ stepping aside
 
 
-def prompt_tuned():
-    return get_peft_model(tiny_model(), PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2))
-
-
 def with_config(**values):
     model = tiny_model()
     for name, value in values.items():
@@ -626,14 +622,13 @@ NOT_SHARED = {
         lambda: (with_config(layer_types=["full_attention", "chunked_attention"]), None),
         lambda: (tiny_model("gemma3_text", head_dim=8), None),
     ],
-    "capped": [lambda: (tiny_model("gemma2", head_dim=8, layer_types=["full_attention"] * 2), None)],
+    "softcapping": [lambda: (tiny_model("gemma2", head_dim=8, layer_types=["full_attention"] * 2), None)],
     "sinks": [lambda: (with_sinks(), None)],
     "dropout": [lambda: (tiny_model(attention_dropout=0.1), None)],
     "router loss": [
         lambda: (tiny_model("mixtral"), None),
         lambda: (tiny_model("mixtral", router_aux_loss_coef=0.0), SimpleNamespace(router_aux_loss_coef=0.01)),
     ],
-    "virtual tokens": [lambda: (prompt_tuned(), None)],
     "vision": [lambda: (vision_model(), None)],
     "replaced": [lambda: (without_backend(), None)],
     "attn_implementation": [lambda: (tiny_model(), SimpleNamespace(attn_implementation="sdpa"))],
