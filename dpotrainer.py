@@ -22,7 +22,6 @@ import argparse
 import difflib
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import inspect
 import itertools
@@ -34,16 +33,16 @@ import shutil
 import signal
 import sys
 import time
-import traceback
 import uuid
 import warnings
 from collections import defaultdict
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields
 from numbers import Number
 from pathlib import Path
 from typing import Any, Literal
 
+import accelerate
 import datasets
 import numpy as np
 import pandas as pd
@@ -168,8 +167,8 @@ RULES = (  # setting, when its value v is wrong beside all settings s, why, and 
     ("reference", lambda v, s: v == "adapter" and s.fresh_adapter, "copies what fresh_adapter merges; auto"),
     ("use_peft", lambda v, s: not v, "is another program's work; `trl dpo` trains all weights"),
     ("merge", lambda v, s: v and (s.load_in_4bit or s.load_in_8bit), "needs a bf16 base; README, 'Merging', says how"),
-    ("precompute_ref_log_probs", lambda v, s: v and (is_sharded() or s.fsdp or s.deepspeed),
-     "needs a model in one piece; leave it out"),
+    *((name, lambda v, s: v and (is_sharded() or s.fsdp or s.deepspeed), "needs a model in one piece; leave it out")
+      for name in ("precompute_ref_log_probs", "merge")),
     ("train_sampling_strategy", lambda v, s: v not in ("random", "sequential"), "weighs pairs unequally; random"),
     ("truncation_mode", lambda v, s: v != "keep_start", "would cut prompts; keep_start"),
     ("eval_do_concat_batches", lambda v, s: not v, "breaks the exact evaluation; leave it out"),
@@ -692,10 +691,9 @@ def build_trainer(s, args, start, train, held_out) -> "PreferenceTrainer":
     policy, reason = load_model(s, args, start.base, start.adapter, trainable=start.continues)
     if s.fresh_adapter:  # the new adapter is one of the merged model, so that model has to be there
         folder = Path(s.output_dir, "base")
-        if is_main() and not folder.exists():
-            for part in (policy, start.tokenizer):
-                part.save_pretrained(f"{folder}.incomplete")
-            os.rename(f"{folder}.incomplete", folder)
+        is_new = is_main() and not Path(s.output_dir, "settings.yaml").exists()  # which comes when training begins
+        for part in (policy, start.tokenizer) if is_new else ():
+            part.save_pretrained(folder)
         policy.name_or_path = policy.config._name_or_path = str(folder)
     reference = None
     if start.reference == "copy":
@@ -1320,11 +1318,12 @@ def summarize(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report)
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
+STAMP = "%Y%m%d-%H%M%S"  # part of the name of what is moved aside
 MANIFEST = "manifest.json"  # in each whole checkpoint: the digests of its files, and what it was trained on
 FREE = (  # settings in which a run and its continuation may differ: its result does not, but for aot and sft
-    "output_dir|per_device_.*_batch_size|merge|fsdp|fsdp_config|deepspeed|report_to|run_name|disable_tqdm|log_level|"
-    "dataloader_num_workers|dataset_num_proc|sample_prompts|ddp_timeout|local_rank|use_cpu|save_steps|"
-    "save_total_limit|precompute_ref_log_probs|share_prefixes|torch_compile.*|gradient_checkpointing(_kwargs)?"
+    "output_dir|per_device_.*_batch_size|merge|fsdp.*|deepspeed|report_to|run_name|disable_tqdm|use_cpu|ddp_timeout|"
+    "dataloader_num_workers|dataset_num_proc|sample_prompts|save_steps|save_total_limit|precompute_ref_log_probs|"
+    "share_prefixes|torch_compile.*|gradient_checkpointing.*"
 )
 FAULTS = (  # kind and words of a library's error; exit status, 2 being a mistake found before training; what to do
     (torch.OutOfMemoryError, "", 1, "out of GPU memory: halve per_device_train_batch_size (only aot, aot_unpaired and "
@@ -1339,59 +1338,52 @@ FAULTS = (  # kind and words of a library's error; exit status, 2 being a mistak
 
 def write_file(path: Path, text: str) -> None:
     """All or nothing: a crash leaves the old file or the new one."""
-    Path(f"{path}.tmp").write_text(text, encoding="utf-8")
-    os.replace(f"{path}.tmp", path)
-
-
-def set_aside(path: Path, name: str) -> str:
-    """Rename to the first free one of name, name-2, name-3, ...: nothing is deleted."""
-    names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
-    return path.rename(next(target for target in map(path.with_name, names) if not target.exists())).name
+    hidden = path.with_name(f".{path.name}.tmp")
+    hidden.write_text(text, encoding="utf-8")
+    os.replace(hidden, path)
 
 
 def settings_yaml(s: argparse.Namespace) -> str:
-    derived = {"given", "revisions", "planned_steps", "gradient_accumulation_steps"}
-    left_out = derived | {"overwrite", "dry_run"}  # repeated, they would do harm
+    """A file for --config that repeats the run; what is derived is left out, and what, repeated, would do harm."""
+    left_out = ("given", "revisions", "planned_steps", "gradient_accumulation_steps", "overwrite", "dry_run")
     values = {name: value for name, value in vars(s).items() if name not in left_out and value != []}
-    packages = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
-    made = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    packages = (torch, transformers, trl, peft, datasets, accelerate)
+    made = ", ".join(f"{package.__name__} {package.__version__}" for package in packages)
     head = f"# `python dpotrainer.py --config {s.output_dir}/settings.yaml` repeats this run; made with {made}\n"
     return head + yaml.safe_dump(values, allow_unicode=True)
 
 
 def require_same(folder: Path | str, there: dict, here: dict) -> None:
     """Refuse to go on with what was begun otherwise, or not by this program: then nothing is known of it."""
-    names = sorted(name for name in {*there, *here} if not re.fullmatch(FREE, name))
-    changes = [f"{name}: {there.get(name)} there, {here.get(name)} here" for name in names
-               if there.get(name) != here.get(name)]  # fmt: skip
+    changes = [f"{name}: {there.get(name)} there, {here.get(name)} here" for name in sorted({*there, *here})
+               if there.get(name) != here.get(name) and not re.fullmatch(FREE, name)]  # fmt: skip
     if changes:
         what = "a run with other settings" if there else "files that are no run of this program"
         ways = "choose another output_dir, or `--overwrite true`, which moves the old one aside"
         raise UserError("\n  ".join([f"{folder} holds {what}; {ways}", *(changes if there else [])]))
 
 
-@contextmanager
-def open_output(s: argparse.Namespace):
-    """Hold output_dir for this run alone, and leave nothing behind where no training began."""
+def is_finished(s: argparse.Namespace) -> bool:
+    """Whether output_dir holds this run to its end; it may hold no other one, and nothing else."""
+    folder, settings = Path(s.output_dir), Path(s.output_dir, "settings.yaml")
+    if s.overwrite or {path.name for path in folder.glob("[!.]*")} <= {"base"}:  # which is there before training
+        return False
+    there = yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.exists() else None
+    require_same(folder, there or {}, yaml.safe_load(settings_yaml(s)))
+    finished = (folder / "adapter_config.json").exists()
+    say(*[f"{folder} holds this run, finished: nothing to do (`--overwrite true` starts afresh)"] * finished)
+    return finished
+
+
+def hold_output(s: argparse.Namespace) -> FileLock:
+    """The lock that keeps other runs out of output_dir; with `overwrite`, an earlier run is moved aside first."""
     folder = Path(s.output_dir).absolute()
-    lock, settings = FileLock(folder / ".lock", blocking=False), folder / "settings.yaml"
+    lock = FileLock(folder / ".lock", blocking=False)
     if s.overwrite and any(folder.glob("[!.]*")):
         with lock:
-            say(f"the earlier run was moved to {set_aside(folder, f'{folder.name}-old')}")
-    was_there = folder.exists()
+            say(f"the earlier run was moved to {folder.rename(f'{folder}-old-{time.strftime(STAMP)}')}")
     folder.mkdir(parents=True, exist_ok=True)
-    with lock:
-        used = bool({*os.listdir(folder)} - {".lock", "settings.yaml.tmp"})
-        before = settings.read_text(encoding="utf-8") if settings.exists() else ""
-        if used:
-            require_same(folder, yaml.safe_load(before) or {}, yaml.safe_load(settings_yaml(s)))
-        try:
-            yield
-        finally:
-            if not used and not (folder / "metrics.jsonl").exists():
-                shutil.rmtree(folder, ignore_errors=True)
-                if was_there:
-                    folder.mkdir(exist_ok=True)
+    return lock
 
 
 def digest_files(folder: Path) -> dict[str, str]:
@@ -1403,93 +1395,74 @@ def digest_files(folder: Path) -> dict[str, str]:
 def resume_point(trainer: PreferenceTrainer, folder: Path) -> str | None:
     """The newest checkpoint, once those without the files of their manifest are set aside."""
     for path in folder.glob("checkpoint-*") if is_main() else ():
-        whole = False
         with suppress(OSError, ValueError):  # no manifest, or a damaged one
-            files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-            whole = files.items() <= digest_files(path).items()
-        if not whole:
-            say(f"{path.name} is not whole: renamed to {set_aside(path, f'incomplete-{path.name}')}")
+            if json.loads((path / MANIFEST).read_bytes())["files"].items() <= digest_files(path).items():
+                continue
+        aside = path.rename(folder / f"incomplete-{path.name}-{time.strftime(STAMP)}")
+        say(f"{path} is not whole: renamed to {aside.name}")
     trainer.accelerator.wait_for_everyone()
     newest = get_last_checkpoint(folder)
     if newest:
-        manifest = json.loads(Path(newest, MANIFEST).read_text(encoding="utf-8"))
-        require_same(newest, manifest["trained on"], trainer.trained_on)
+        require_same(newest, json.loads(Path(newest, MANIFEST).read_bytes())["trained on"], trainer.trained_on)
         say(f"continuing from {newest}")
     return newest
 
 
 class Ending(transformers.TrainerCallback):
-    """The last step is evaluated; after SIGTERM or Ctrl-C all processes finish the step, save and stop."""
+    """After SIGTERM or Ctrl-C all processes finish the step, save and stop; a second signal stops at once."""
 
-    def __init__(self, trainer: PreferenceTrainer):
-        self.trainer, self.heard, self.signal = trainer, 0, 0
-        self.answer_with(self.hear)
-
-    def answer_with(self, handler):
+    def __init__(self, accelerator):
+        self.accelerator, self.heard, self.since = accelerator, 0, math.inf
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, handler)
+            signal.signal(number, self.hear)
 
     def hear(self, number, frame):
-        if self.heard and time.monotonic() - self.since > 1:  # sooner, it is the first, passed on by a launcher
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        elif not self.heard:
-            self.heard, self.since = number, time.monotonic()
+        if time.monotonic() > self.since + 1:  # sooner, it is the first one, passed on by a launcher
+            os._exit(128 + number)
+        self.heard, self.since = self.heard or number, min(self.since, time.monotonic())
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.signal = self.heard
-        if args.world_size > 1:  # not all hear it, or not at the same step
-            heard = torch.tensor(self.signal, device=args.device)
-            self.signal = int(self.trainer.accelerator.gather(heard).max())
-        if self.signal:
-            control.should_save = control.should_training_stop = True
-        if state.global_step >= state.max_steps and args.eval_strategy != "epoch":  # which evaluates there anyway
-            control.should_evaluate = self.trainer.eval_dataset is not None
+        if self.heard:  # not all processes hear a signal, or not at the same step
+            self.accelerator.set_trigger()
+        self.is_over = self.accelerator.check_trigger()
+        control.should_save |= self.is_over
 
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if self.signal:  # saved at its step; again, with its evaluation, where the epoch is over
-            control.should_save = state.epoch % 1 == 0
-            control.should_evaluate &= control.should_save
-
-    def on_train_end(self, *args, **kwargs):
-        self.answer_with(signal.SIG_DFL)
-        self.on_step_end(*args, **kwargs)
+    def on_save(self, args, state, control, **kwargs):
+        self.accelerator.wait_for_everyone()  # when one process ends, a launcher stops the others
+        if self.is_over:
+            text = f"interrupted and saved at step {state.global_step}; the same command continues"
+            raise UserError(text, status=128 + (self.heard or signal.SIGTERM))
 
 
 def train_policy(s: argparse.Namespace, trainer: PreferenceTrainer, start: argparse.Namespace) -> Report:
     """Train from where output_dir stands, to the end or to a signal."""
     pairs = hashlib.blake2b(np.array(trainer.train_dataset["pair_hash"]).tobytes(), digest_size=8).hexdigest()
-    sharding = ["FSDP"] * trainer.is_fsdp_enabled + ["DeepSpeed"] * trainer.is_deepspeed_enabled
-    trainer.trained_on = {"hash of the pairs": pairs, "sharded by": sharding}
+    trainer.trained_on = {"hash of the pairs": pairs, "FSDP": trainer.is_fsdp_enabled,
+                          "DeepSpeed": trainer.is_deepspeed_enabled}  # fmt: skip
     if s.precompute_ref_log_probs:
         cache_reference(trainer, s, reference_folder(s, start))
-    checkpoint = resume_point(trainer, Path(s.output_dir))
-    report, ending = Report(trainer, s), Ending(trainer)
+    checkpoint, report = resume_point(trainer, Path(s.output_dir)), Report(trainer, s)
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    trainer.callback_handler.callbacks += [report, ending]
+    trainer.callback_handler.callbacks += [report, Ending(trainer.accelerator)]
+    if is_main():  # from here on, the folder is this run's
+        write_file(Path(s.output_dir, "settings.yaml"), settings_yaml(s))
     trainer.train(resume_from_checkpoint=checkpoint)
-    if ending.signal:
-        text = f"interrupted and saved at step {trainer.state.global_step}; the same command continues"
-        raise UserError(text, status=128 + ending.signal)
     return report
 
 
 def merge_adapter(trainer: PreferenceTrainer, folder: Path) -> None:
-    """The merged model in `folder`, and how far its logits are from those of adapter plus base."""
-    if is_sharded():
-        return say("not merged: the model is sharded over processes")
-    policy = trainer.accelerator.unwrap_model(trainer.model).eval()
+    """The merged model in `folder`, and how far its next-token logits are from those of adapter plus base."""
+    policy, tokenizer = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class
     prompts = (trainer.eval_dataset or trainer.train_dataset)["prompt_ids"][:8]
-    prompts = [torch.tensor([ids], device=policy.device) for ids in prompts]
+    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(policy.device)
     with torch.no_grad(), trainer.accelerator.autocast():
-        before = torch.stack([policy(prompt).logits[0, -1].float() for prompt in prompts])
+        before = policy(**batch, logits_to_keep=1).logits
         merged = policy.merge_and_unload()
-        after = torch.stack([merged(prompt).logits[0, -1].float() for prompt in prompts])
-    for part in (merged, trainer.processing_class):
+        gap = (merged(**batch, logits_to_keep=1).logits - before).abs().max()
+    for part in (merged, tokenizer):
         part.save_pretrained(folder)
-    say(f"merged: after {len(prompts)} prompts, its next-token logits differ by {(before - after).abs().max():.2g} at "
-        "most from those of adapter plus base")  # fmt: skip
+    say(f"merged: the logits after {len(prompts)} prompts differ by {gap:.2g} at most from adapter plus base")
 
 
 def save_run(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) -> None:
@@ -1514,27 +1487,27 @@ def save_run(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) 
 
 def prepare(s: argparse.Namespace) -> tuple:
     """Process group, tokenizer, pairs and plan: (arguments, start, train, held-out); the plan is printed."""
-    ours = {"precompute_ref_log_probs": False}  # what we do ourselves
-    ours |= {"torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None}
-    ours["use_cpu"] = s.use_cpu or (s.dry_run and not torch.cuda.is_available())  # a plan can be made anywhere
-    args = trl.DPOConfig(**{f.name: vars(s)[f.name] for f in fields(trl.DPOConfig) if f.init} | ours)
-    start = load_start(s)
+    ours = "precompute_ref_log_probs|torch_compile.*"  # what we do ourselves
+    given = {f.name: vars(s)[f.name] for f in fields(trl.DPOConfig) if f.init and not re.fullmatch(ours, f.name)}
+    given["use_cpu"] |= s.dry_run and not torch.cuda.is_available()  # a plan can be made anywhere
+    args, start = trl.DPOConfig(**given), load_start(s)
     train, held_out, counts = load_preferences(s, start.tokenizer)
-    args.eval_strategy = args.eval_strategy if held_out is not None else "no"
     epoch = math.ceil(len(train) / s.global_batch_size)
     s.planned_steps = s.max_steps if s.max_steps > 0 else math.ceil(s.num_train_epochs * epoch)
-    say(format_report(counts), *make_plan(s, args, start, train, held_out))
-    say(*([describe_pair(start.tokenizer, train[0], s.max_length)] if s.dry_run else []))
+    for kind in ("eval", "save"):  # by steps, an evaluation comes before the checkpoint of its step, and is in it
+        if vars(args)[f"{kind}_strategy"] == "epoch":
+            vars(args).update({f"{kind}_strategy": "steps", f"{kind}_steps": epoch})
+    args.eval_strategy = args.eval_strategy if held_out is not None else "no"
+    shown = [describe_pair(start.tokenizer, train[0], s.max_length)] if s.dry_run else []
+    say(format_report(counts), *make_plan(s, args, start, train, held_out), *shown)
     return args, start, train, held_out
 
 
 def explain(error: BaseException, preparing: bool) -> UserError:
     """The error as one message that says what to do; one that only its traceback explains is raised again."""
     for kinds, words, status, fix in FAULTS:
-        if isinstance(error, kinds) and re.search(words, str(error)) and (preparing or status == 1):
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            text = f"{' '.join(str(error).split())[:500]} ({Path(place.filename).name}, line {place.lineno})"
-            return UserError(f"{fix}: {text}", status)
+        if isinstance(error, kinds) and re.search(words, str(error)) and (preparing or status != 2):
+            return UserError(f"{fix}: {type(error).__name__}: {' '.join(str(error).split())[:500]}", status)
     raise error
 
 
@@ -1548,32 +1521,25 @@ def main(argv: list[str] | None = None) -> int:
     try:
         s, problems = parse_settings(sys.argv[1:] if argv is None else argv)
         problems, lacking = problems + check_settings(s), find_broken(s, MACHINE_RULES)
-        if problems or (lacking and not s.dry_run):
+        if s.dry_run and not problems:
+            prepare(s)
+        if problems + lacking:
             raise UserError("\n".join(problems + lacking))
-        with open_output(s) if is_main() and not s.dry_run else nullcontext():
-            # with overwrite, the main process may not yet have moved the other run aside
-            if Path(s.output_dir, "adapter_config.json").exists() and not (s.dry_run or s.overwrite):
-                say(f"{s.output_dir} holds this run, finished: nothing to do (`--overwrite true` starts afresh; its "
-                    "README.md has the command that merges it)")  # fmt: skip
-                return 0
-            args, start, train, held_out = prepare(s)
-            if s.dry_run and lacking:
-                raise UserError("\n".join(lacking))
-            if s.dry_run:
-                return 0
-            if is_main():
-                write_file(Path(s.output_dir, "settings.yaml"), settings_yaml(s))
+        if s.dry_run or is_finished(s):
+            return 0
+        args, start, train, held_out = prepare(s)
+        with hold_output(s) if is_main() else nullcontext():
             trainer = build_trainer(s, args, start, train, held_out)
             report = train_policy(s, trainer, start)
             with torch.compiler.set_stance("force_eager"):  # what follows is too little to compile for
                 show_samples(trainer, s, report)
                 save_run(trainer, s, report)
-            return 0
+        return 0
     except BaseException as error:
         told = error if isinstance(error, UserError) else explain(error, preparing=trainer is None)
     if is_main() or told.status == 1:  # a mistake is everybody's, a fault may be one process's alone
         who = "dpotrainer" if is_main() else f"dpotrainer, process {os.environ['RANK']}"
-        print(f"{who}: {told}", file=sys.stderr, flush=True)
+        tqdm.write(f"{who}: {told}", file=sys.stderr)
     return told.status
 
 
