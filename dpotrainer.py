@@ -822,8 +822,7 @@ class PreferenceTrainer(trl.DPOTrainer):
         self.accelerator.wait_for_everyone()
         if is_main():
             folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-            manifest = {"trained on": self.trained_on, "files": digest_files(folder)}
-            write_file(folder / MANIFEST, json.dumps(manifest, indent=1))
+            write_file(folder / MANIFEST, json.dumps(digest_files(folder), indent=1))
             rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
 
     def restore_averages(self) -> None:
@@ -1318,12 +1317,12 @@ def summarize(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report)
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
-STAMP = "%Y%m%d-%H%M%S"  # part of the name of what is moved aside
-MANIFEST = "manifest.json"  # in each whole checkpoint: the digests of its files, and what it was trained on
-FREE = (  # settings in which a run and its continuation may differ: its result does not, but for aot and sft
-    "output_dir|per_device_.*_batch_size|merge|fsdp.*|deepspeed|report_to|run_name|disable_tqdm|use_cpu|ddp_timeout|"
-    "dataloader_num_workers|dataset_num_proc|sample_prompts|save_steps|save_total_limit|precompute_ref_log_probs|"
-    "share_prefixes|torch_compile.*|gradient_checkpointing.*"
+STAMP = "%Y%m%d-%H%M%S"  # ends the name of what is moved aside
+MANIFEST = "manifest.json"  # in each whole checkpoint: the digests of its files
+FREE = (  # lines of settings.yaml in which a run may go on differently: its result does not change, but for aot and sft
+    "# made|output_dir|per_device_.*_batch_size|merge|report_to|run_name|disable_tqdm|ddp_timeout|sample_prompts|"
+    "dataloader_num_workers|dataset_num_proc|save_steps|save_total_limit|gradient_checkpointing|torch_compile|"
+    "precompute_ref_log_probs|share_prefixes|use_cpu"
 )
 FAULTS = (  # kind and words of a library's error; exit status, 2 being a mistake found before training; what to do
     (torch.OutOfMemoryError, "", 1, "out of GPU memory: halve per_device_train_batch_size (only aot, aot_unpaired and "
@@ -1338,38 +1337,33 @@ FAULTS = (  # kind and words of a library's error; exit status, 2 being a mistak
 
 def write_file(path: Path, text: str) -> None:
     """All or nothing: a crash leaves the old file or the new one."""
-    hidden = path.with_name(f".{path.name}.tmp")
-    hidden.write_text(text, encoding="utf-8")
-    os.replace(hidden, path)
+    Path(f"{path}.tmp").write_text(text, encoding="utf-8")
+    os.replace(f"{path}.tmp", path)
 
 
 def settings_yaml(s: argparse.Namespace) -> str:
-    """A file for --config that repeats the run; what is derived is left out, and what, repeated, would do harm."""
-    left_out = ("given", "revisions", "planned_steps", "gradient_accumulation_steps", "overwrite", "dry_run")
+    """What makes the run what it is, a line each: versions, pairs, sharding, settings. `--config` repeats it."""
+    left_out = ("given", "revisions", "planned_steps", "pairs", "gradient_accumulation_steps", "overwrite", "dry_run")
     values = {name: value for name, value in vars(s).items() if name not in left_out and value != []}
     packages = (torch, transformers, trl, peft, datasets, accelerate)
     made = ", ".join(f"{package.__name__} {package.__version__}" for package in packages)
-    head = f"# `python dpotrainer.py --config {s.output_dir}/settings.yaml` repeats this run; made with {made}\n"
-    return head + yaml.safe_dump(values, allow_unicode=True)
-
-
-def require_same(folder: Path | str, there: dict, here: dict) -> None:
-    """Refuse to go on with what was begun otherwise, or not by this program: then nothing is known of it."""
-    changes = [f"{name}: {there.get(name)} there, {here.get(name)} here" for name in sorted({*there, *here})
-               if there.get(name) != here.get(name) and not re.fullmatch(FREE, name)]  # fmt: skip
-    if changes:
-        what = "a run with other settings" if there else "files that are no run of this program"
-        ways = "choose another output_dir, or `--overwrite true`, which moves the old one aside"
-        raise UserError("\n  ".join([f"{folder} holds {what}; {ways}", *(changes if there else [])]))
+    sharded = [f"{name}: {os.environ.get(f'ACCELERATE_USE_{name}', 'false')}" for name in ("FSDP", "DEEPSPEED")]
+    head = f"# made with {made}\n# pairs: {s.pairs}, {', '.join(sharded)}\n"
+    return head + yaml.safe_dump(values, allow_unicode=True, default_flow_style=None, width=math.inf)
 
 
 def is_finished(s: argparse.Namespace) -> bool:
     """Whether output_dir holds this run to its end; it may hold no other one, and nothing else."""
     folder, settings = Path(s.output_dir), Path(s.output_dir, "settings.yaml")
-    if s.overwrite or {path.name for path in folder.glob("[!.]*")} <= {"base"}:  # which is there before training
+    if s.overwrite or {path.name for path in folder.glob("[!.]*")} <= {"base", "settings.yaml.tmp"}:  # not yet begun
         return False
-    there = yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.exists() else None
-    require_same(folder, there or {}, yaml.safe_load(settings_yaml(s)))
+    texts = settings.read_text(encoding="utf-8") if settings.exists() else "", settings_yaml(s)
+    there, here = ({line for line in text.splitlines() if not re.match(FREE, line)} for text in texts)
+    if there != here:
+        what = "a run with other settings" if there else "files that are no run of this program"
+        ways = "choose another output_dir, or `--overwrite true`, which moves the old one aside"
+        lines = [f"{'there' if line in there else 'here '}  {line}" for line in sorted(there ^ here) if there]
+        raise UserError("\n  ".join([f"{folder} holds {what}; {ways}", *lines]))
     finished = (folder / "adapter_config.json").exists()
     say(*[f"{folder} holds this run, finished: nothing to do (`--overwrite true` starts afresh)"] * finished)
     return finished
@@ -1396,15 +1390,13 @@ def resume_point(trainer: PreferenceTrainer, folder: Path) -> str | None:
     """The newest checkpoint, once those without the files of their manifest are set aside."""
     for path in folder.glob("checkpoint-*") if is_main() else ():
         with suppress(OSError, ValueError):  # no manifest, or a damaged one
-            if json.loads((path / MANIFEST).read_bytes())["files"].items() <= digest_files(path).items():
+            if json.loads((path / MANIFEST).read_bytes()).items() <= digest_files(path).items():
                 continue
         aside = path.rename(folder / f"incomplete-{path.name}-{time.strftime(STAMP)}")
         say(f"{path} is not whole: renamed to {aside.name}")
     trainer.accelerator.wait_for_everyone()
     newest = get_last_checkpoint(folder)
-    if newest:
-        require_same(newest, json.loads(Path(newest, MANIFEST).read_bytes())["trained on"], trainer.trained_on)
-        say(f"continuing from {newest}")
+    say(*[f"continuing from {newest}"] * bool(newest))
     return newest
 
 
@@ -1431,14 +1423,11 @@ class Ending(transformers.TrainerCallback):
         self.accelerator.wait_for_everyone()  # when one process ends, a launcher stops the others
         if self.is_over:
             text = f"interrupted and saved at step {state.global_step}; the same command continues"
-            raise UserError(text, status=128 + (self.heard or signal.SIGTERM))
+            raise UserError(text, 128 + (self.heard or signal.SIGTERM))
 
 
 def train_policy(s: argparse.Namespace, trainer: PreferenceTrainer, start: argparse.Namespace) -> Report:
     """Train from where output_dir stands, to the end or to a signal."""
-    pairs = hashlib.blake2b(np.array(trainer.train_dataset["pair_hash"]).tobytes(), digest_size=8).hexdigest()
-    trainer.trained_on = {"hash of the pairs": pairs, "FSDP": trainer.is_fsdp_enabled,
-                          "DeepSpeed": trainer.is_deepspeed_enabled}  # fmt: skip
     if s.precompute_ref_log_probs:
         cache_reference(trainer, s, reference_folder(s, start))
     checkpoint, report = resume_point(trainer, Path(s.output_dir)), Report(trainer, s)
@@ -1492,6 +1481,7 @@ def prepare(s: argparse.Namespace) -> tuple:
     given["use_cpu"] |= s.dry_run and not torch.cuda.is_available()  # a plan can be made anywhere
     args, start = trl.DPOConfig(**given), load_start(s)
     train, held_out, counts = load_preferences(s, start.tokenizer)
+    s.pairs = hashlib.blake2b(np.array(train["pair_hash"]).tobytes(), digest_size=8).hexdigest()
     epoch = math.ceil(len(train) / s.global_batch_size)
     s.planned_steps = s.max_steps if s.max_steps > 0 else math.ceil(s.num_train_epochs * epoch)
     for kind in ("eval", "save"):  # by steps, an evaluation comes before the checkpoint of its step, and is in it
@@ -1521,14 +1511,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         s, problems = parse_settings(sys.argv[1:] if argv is None else argv)
         problems, lacking = problems + check_settings(s), find_broken(s, MACHINE_RULES)
-        if s.dry_run and not problems:
-            prepare(s)
-        if problems + lacking:
+        if problems or (lacking and not s.dry_run):
             raise UserError("\n".join(problems + lacking))
-        if s.dry_run or is_finished(s):
-            return 0
         args, start, train, held_out = prepare(s)
-        with hold_output(s) if is_main() else nullcontext():
+        if lacking:  # for a run, not for a plan
+            raise UserError("\n".join(lacking))
+        with hold_output(s) if is_main() and not s.dry_run else nullcontext():
+            if s.dry_run or is_finished(s):
+                return 0
             trainer = build_trainer(s, args, start, train, held_out)
             report = train_policy(s, trainer, start)
             with torch.compiler.set_stance("force_eager"):  # what follows is too little to compile for
