@@ -36,7 +36,7 @@ import time
 import uuid
 import warnings
 from collections import defaultdict
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields
 from numbers import Number
 from pathlib import Path
@@ -1319,7 +1319,7 @@ def summarize(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report)
 # ------------------------------------------------------------------------------------------------------------- the run
 STAMP = "%Y%m%d-%H%M%S"  # ends the name of what is moved aside
 MANIFEST = "manifest.json"  # in each whole checkpoint: the digests of its files
-FREE = (  # lines of settings.yaml in which a run may go on differently: its result does not change, but for aot and sft
+FREE = (  # settings in which a run and its continuation may differ: its result does not, but for aot and sft
     "# made|output_dir|per_device_.*_batch_size|merge|report_to|run_name|disable_tqdm|ddp_timeout|sample_prompts|"
     "dataloader_num_workers|dataset_num_proc|save_steps|save_total_limit|gradient_checkpointing|torch_compile|"
     "precompute_ref_log_probs|share_prefixes|use_cpu"
@@ -1352,32 +1352,27 @@ def settings_yaml(s: argparse.Namespace) -> str:
     return head + yaml.safe_dump(values, allow_unicode=True, default_flow_style=None, width=math.inf)
 
 
-def is_finished(s: argparse.Namespace) -> bool:
-    """Whether output_dir holds this run to its end; it may hold no other one, and nothing else."""
-    folder, settings = Path(s.output_dir), Path(s.output_dir, "settings.yaml")
-    if s.overwrite or {path.name for path in folder.glob("[!.]*")} <= {"base", "settings.yaml.tmp"}:  # not yet begun
-        return False
-    texts = settings.read_text(encoding="utf-8") if settings.exists() else "", settings_yaml(s)
-    there, here = ({line for line in text.splitlines() if not re.match(FREE, line)} for text in texts)
-    if there != here:
-        what = "a run with other settings" if there else "files that are no run of this program"
-        ways = "choose another output_dir, or `--overwrite true`, which moves the old one aside"
-        lines = [f"{'there' if line in there else 'here '}  {line}" for line in sorted(there ^ here) if there]
-        raise UserError("\n  ".join([f"{folder} holds {what}; {ways}", *lines]))
-    finished = (folder / "adapter_config.json").exists()
-    say(*[f"{folder} holds this run, finished: nothing to do (`--overwrite true` starts afresh)"] * finished)
-    return finished
-
-
-def hold_output(s: argparse.Namespace) -> FileLock:
-    """The lock that keeps other runs out of output_dir; with `overwrite`, an earlier run is moved aside first."""
+@contextmanager
+def open_output(s: argparse.Namespace):
+    """Hold output_dir for this run; refuse one with another run, or other files. Yields whether it is finished."""
     folder = Path(s.output_dir).absolute()
-    lock = FileLock(folder / ".lock", blocking=False)
-    if s.overwrite and any(folder.glob("[!.]*")):
+    lock, settings = FileLock(folder / ".lock", blocking=False), folder / "settings.yaml"
+    if s.overwrite and is_main() and any(folder.glob("[!.]*")):
         with lock:
             say(f"the earlier run was moved to {folder.rename(f'{folder}-old-{time.strftime(STAMP)}')}")
     folder.mkdir(parents=True, exist_ok=True)
-    return lock
+    with lock if is_main() else nullcontext():
+        before_training = {"base", "settings.yaml.tmp"}
+        is_begun = not s.overwrite and not {path.name for path in folder.glob("[!.]*")} <= before_training
+        text = settings.read_text(encoding="utf-8") if is_begun and settings.exists() else ""
+        there, here = ({line for line in part.splitlines() if not re.match(FREE, line)}
+                       for part in (text, settings_yaml(s)))  # fmt: skip
+        if is_begun and there != here:
+            what = "a run with other settings" if there else "files that are no run of this program"
+            ways = "choose another output_dir, or `--overwrite true`, which moves the old one aside"
+            lines = [f"{'there' if line in there else 'here '}  {line}" for line in sorted(there ^ here) if there]
+            raise UserError("\n  ".join([f"{folder} holds {what}; {ways}", *lines]))
+        yield is_begun and (folder / "adapter_config.json").exists()
 
 
 def digest_files(folder: Path) -> dict[str, str]:
@@ -1396,7 +1391,8 @@ def resume_point(trainer: PreferenceTrainer, folder: Path) -> str | None:
         say(f"{path} is not whole: renamed to {aside.name}")
     trainer.accelerator.wait_for_everyone()
     newest = get_last_checkpoint(folder)
-    say(*[f"continuing from {newest}"] * bool(newest))
+    if newest:
+        say(f"continuing from {newest}")
     return newest
 
 
@@ -1502,10 +1498,7 @@ def explain(error: BaseException, preparing: bool) -> UserError:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Settings, preferences, plan, trainer, train, report, save.
-
-    Returns the exit status: 0, 2 for a mistake in the settings or the data, 128 + signal, else 1.
-    """
+    """Settings, preferences, plan, trainer, train, report, save; exit status 0, 2: a mistake, 128 + signal, else 1."""
     warnings.simplefilter("ignore", FutureWarning)  # of the pinned libraries among themselves
     trainer = None
     try:
@@ -1516,8 +1509,11 @@ def main(argv: list[str] | None = None) -> int:
         args, start, train, held_out = prepare(s)
         if lacking:  # for a run, not for a plan
             raise UserError("\n".join(lacking))
-        with hold_output(s) if is_main() and not s.dry_run else nullcontext():
-            if s.dry_run or is_finished(s):
+        if s.dry_run:
+            return 0
+        with open_output(s) as is_finished:
+            if is_finished:
+                say(f"{s.output_dir} holds this run, finished: nothing to do (`--overwrite true` starts afresh)")
                 return 0
             trainer = build_trainer(s, args, start, train, held_out)
             report = train_policy(s, trainer, start)
