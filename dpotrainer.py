@@ -1387,8 +1387,7 @@ def resume_point(trainer: PreferenceTrainer, folder: Path) -> str | None:
         with suppress(OSError, ValueError):  # no manifest, or a damaged one
             if json.loads((path / MANIFEST).read_bytes()).items() <= digest_files(path).items():
                 continue
-        aside = path.rename(folder / f"incomplete-{path.name}-{time.strftime(STAMP)}")
-        say(f"{path} is not whole: renamed to {aside.name}")
+        say(f"{path} is not whole: moved to {path.rename(folder / f'incomplete-{path.name}-{time.strftime(STAMP)}')}")
     trainer.accelerator.wait_for_everyone()
     newest = get_last_checkpoint(folder)
     if newest:
@@ -1493,7 +1492,7 @@ def explain(error: BaseException, preparing: bool) -> UserError:
     """The error as one message that says what to do; one that only its traceback explains is raised again."""
     for kinds, words, status, fix in FAULTS:
         if isinstance(error, kinds) and re.search(words, str(error)) and (preparing or status != 2):
-            return UserError(f"{fix}: {type(error).__name__}: {' '.join(str(error).split())[:500]}", status)
+            return UserError(f"{fix}: {error!r}"[:700], status)
     raise error
 
 
