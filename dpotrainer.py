@@ -1319,7 +1319,7 @@ def summarize(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report)
 # ------------------------------------------------------------------------------------------------------------- the run
 STAMP = "%Y%m%d-%H%M%S"  # ends the name of what is moved aside
 MANIFEST = "manifest.json"  # in each whole checkpoint: the digests of its files
-FREE = (  # settings in which a run and its continuation may differ: its result does not, but for aot and sft
+FREE = (  # lines of settings.yaml in which a run and its continuation may differ; the result then changes for aot, sft
     "# made|output_dir|per_device_.*_batch_size|merge|report_to|run_name|disable_tqdm|ddp_timeout|sample_prompts|"
     "dataloader_num_workers|dataset_num_proc|save_steps|save_total_limit|gradient_checkpointing|torch_compile|"
     "precompute_ref_log_probs|share_prefixes|use_cpu"
@@ -1347,8 +1347,8 @@ def settings_yaml(s: argparse.Namespace) -> str:
     values = {name: value for name, value in vars(s).items() if name not in left_out and value != []}
     packages = (torch, transformers, trl, peft, datasets, accelerate)
     made = ", ".join(f"{package.__name__} {package.__version__}" for package in packages)
-    sharded = [f"{name}: {os.environ.get(f'ACCELERATE_USE_{name}', 'false')}" for name in ("FSDP", "DEEPSPEED")]
-    head = f"# made with {made}\n# pairs: {s.pairs}, {', '.join(sharded)}\n"
+    sharding = [f"{name} {os.environ.get(f'ACCELERATE_USE_{name}', 'false')}" for name in ("FSDP", "DEEPSPEED")]
+    head = f"# made with {made}\n# hash of the pairs: {s.pairs}\n# sharding: {', '.join(sharding)}\n"
     return head + yaml.safe_dump(values, allow_unicode=True, default_flow_style=None, width=math.inf)
 
 
@@ -1368,7 +1368,7 @@ def open_output(s: argparse.Namespace):
         there, here = ({line for line in part.splitlines() if not re.match(FREE, line)}
                        for part in (text, settings_yaml(s)))  # fmt: skip
         if is_begun and there != here:
-            what = "a run with other settings" if there else "files that are no run of this program"
+            what = "a run with other settings or pairs" if there else "files that are no run of this program"
             ways = "choose another output_dir, or `--overwrite true`, which moves the old one aside"
             lines = [f"{'there' if line in there else 'here '}  {line}" for line in sorted(there ^ here) if there]
             raise UserError("\n  ".join([f"{folder} holds {what}; {ways}", *lines]))

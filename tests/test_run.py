@@ -533,9 +533,9 @@ def test_data_that_changed_is_refused(inputs, run, tmp_path):
     before = {name: text for name, text in tiny.tree(tmp_path / "out").items() if name.startswith("checkpoint")}
     good = (data / "train.jsonl").read_text()
     (data / "train.jsonl").write_text(good.replace("Good question", "Bad question", 1))
-    assert "pairs" in run(status=2, data=data)
+    assert "hash of the pairs" in run(status=2, data=data)
     (data / "train.jsonl").write_text("".join(reversed(good.splitlines(keepends=True))))
-    assert "pairs" in run(status=2, data=data)
+    assert "hash of the pairs" in run(status=2, data=data)
     assert {
         name: text for name, text in tiny.tree(tmp_path / "out").items() if name.startswith("checkpoint")
     } == before
