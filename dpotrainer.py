@@ -1364,9 +1364,8 @@ def open_output(s: argparse.Namespace):
     with lock if is_main() else nullcontext():
         before_training = {"base", "settings.yaml.tmp"}
         is_begun = not s.overwrite and not {path.name for path in folder.glob("[!.]*")} <= before_training
-        text = settings.read_text(encoding="utf-8") if is_begun and settings.exists() else ""
-        there, here = ({line for line in part.splitlines() if not re.match(FREE, line)}
-                       for part in (text, settings_yaml(s)))  # fmt: skip
+        texts = settings.read_text("utf-8") if is_begun and settings.exists() else "", settings_yaml(s)
+        there, here = ({line for line in text.splitlines() if not re.match(FREE, line)} for text in texts)
         if is_begun and there != here:
             what = "a run with other settings or pairs" if there else "files that are no run of this program"
             ways = "choose another output_dir, or `--overwrite true`, which moves the old one aside"
