@@ -310,6 +310,7 @@ CLASHES = [  # setting, flags that make it clash, the environment that goes with
     ("use_peft", ["--use_peft", "false"], {}),
     ("merge", ["--merge", "true", "--load_in_4bit", "true"], {}),
     ("merge", ["--merge", "true", "--load_in_8bit", "true"], {}),
+    ("merge", ["--merge", "true"], {"ACCELERATE_USE_FSDP": "true"}),
     ("precompute_ref_log_probs", ["--precompute_ref_log_probs", "true"], {"ACCELERATE_USE_FSDP": "true"}),
     ("precompute_ref_log_probs", ["--precompute_ref_log_probs", "true"], {"ACCELERATE_USE_DEEPSPEED": "true"}),
     ("lora_dropout", ["--lora_dropout", "0.1"], {}),
