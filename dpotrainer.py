@@ -360,7 +360,7 @@ PREPARED = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), datasets.
 PREPARED |= dict.fromkeys(("pair_hash", "needed_tokens"), datasets.Value("int64"))
 PREPARED |= {"dropped": datasets.Value("string")}  # why the pair is not used, or ""
 
-format_report = functools.partial(yaml.safe_dump, sort_keys=False, default_flow_style=None, allow_unicode=True)
+format_report = functools.partial(yaml.safe_dump, sort_keys=False, default_flow_style=None, width=10**6)
 
 
 def recognise_layout(dataset, source: str) -> str:
@@ -397,22 +397,25 @@ def read_turns(cell, column: str, kind: str) -> list[dict]:
 
 
 def canonical_pair(row: dict, layout: str) -> tuple[list[dict], list[dict], list[dict], str]:
-    """Prompt (what both begin with, up to the last turn not the assistant's), chosen, rejected; why dropped, or ""."""
+    """Prompt, chosen and rejected as messages, and why the pair is dropped, or ""."""
     *start, chosen, rejected = (read_turns(row.get(column), column, kind) for column, kind in LAYOUTS[layout].items())
-    if start and layout != "prompt beside conversations":  # which repeat it
-        (start,) = start
-        chosen, rejected = (side if side[: len(start)] == start else start + side for side in (chosen, rejected))
-    size = common_prefix_length(chosen, rejected)
-    while size and chosen[size - 1]["role"] == "assistant":
-        size -= 1
-    prompt, ends = chosen[:size], [turn for turns in (chosen[:size], chosen, rejected) for turn in turns[-1:]]
-    reasons = {
-        "empty side": not all([chosen, rejected, *(turn["content"].strip() or "tool_calls" in turn for turn in ends)]),
-        "tied scores": any(row.get(a) not in (None, "") and row[a] == row.get(b) for a, b in SCORES),
-        "no final assistant turn": any(turn["role"] != "assistant" for turn in ends[-2:]),
-        "histories differ": not any(turn["role"] == "user" for turn in prompt),
-    }
-    return prompt, chosen[size:], rejected[size:], next(filter(reasons.get, reasons), "")
+    prompt = start[0] if start and layout != "prompt beside conversations" else []
+    if prompt:
+        size = len(prompt)  # answers may repeat it
+        chosen, rejected = (side[size:] if side[:size] == prompt else side for side in (chosen, rejected))
+    else:  # what both conversations begin with, up to the last turn that is not the assistant's
+        size = common_prefix_length(chosen, rejected)
+        while size and chosen[size - 1]["role"] == "assistant":
+            size -= 1
+        prompt = chosen[:size] if any(turn["role"] == "user" for turn in chosen[:size]) else []
+        chosen, rejected = chosen[size:], rejected[size:]
+    ends = [turns[-1] for turns in (prompt, chosen, rejected) if turns]
+    filled = chosen and rejected and all(turn["content"].strip() or "tool_calls" in turn for turn in ends)
+    reasons = {"empty side": not filled,
+               "tied scores": any(row.get(a) not in (None, "") and row[a] == row.get(b) for a, b in SCORES),
+               "no final assistant turn": any(turn["role"] != "assistant" for turn in ends[-2:]),
+               "histories differ": not prompt}  # fmt: skip
+    return prompt, chosen, rejected, next(filter(reasons.get, reasons), "")
 
 
 def tokenize_pair(prompt: list, chosen: list, rejected: list, row: dict, tokenizer, raw: bool) -> list[list[int]]:
@@ -449,11 +452,9 @@ def measure_pair(prompt: list[int], chosen: list[int], rejected: list[int], max_
     shared = min(common_prefix_length(first, second), len(first) - 1, len(second) - 1)  # never a row's last token
     both = np.array([len(prompt), len(first), *first, *second], "<i4").tobytes()  # alike on every machine
     pair_hash = int.from_bytes(hashlib.blake2b(both, digest_size=8).digest(), "little", signed=True)
-    reasons = {
-        "chosen equals rejected": chosen == rejected,
-        "prompt leaves no room": len(prompt) >= (max_length or sys.maxsize),
-        "equal after truncation": first == second,
-    }
+    reasons = {"chosen equals rejected": chosen == rejected,
+               "prompt leaves no room": len(prompt) >= (max_length or sys.maxsize),
+               "equal after truncation": first == second}  # fmt: skip
     return pair_hash, len(first) + len(second) - shared, next(filter(reasons.get, reasons), "")
 
 
@@ -536,8 +537,8 @@ def read_splits(s: argparse.Namespace) -> dict:
     prefs = {"train": "train_prefs", "test": "test_prefs"}
     train, test = (split if split in found else prefs.get(split, split) for split in splits)
     if train not in found or test not in {*found, "test_prefs"}:
-        wanted = "dataset_train_split ({}) and dataset_test_split ({})".format(*splits)
-        raise UserError(f"The data set {name} has the splits {', '.join(found)}, but not both {wanted}")
+        fix = f"not both dataset_train_split ({splits[0]}) and dataset_test_split ({splits[1]})"
+        raise UserError(f"The data set {name} has the splits {', '.join(found)}, but {fix}")
     return {split: found[split] for split in (train, test) if split in found}
 
 
@@ -551,8 +552,8 @@ def load_preferences(s: argparse.Namespace, tokenizer) -> tuple:
         held = drawn < np.sort(drawn)[min(s.eval_pairs, len(train) // 5)]
         train, held_out = train.select(np.flatnonzero(~held)), train.select(np.flatnonzero(held)) or None
     both = len({*train["pair_hash"]}.intersection(held_out["pair_hash"] if held_out else []))
-    counts = f"{len(train)} pairs to train on, {len(held_out or [])} held out, {both} in both"
-    return train, held_out, {s.dataset_name: counts, "splits": {split: part for split, (_, part) in parts.items()}}
+    counts = f"{s.dataset_name}: {len(train)} pairs to train on, {len(held_out or [])} held out, {both} in both"
+    return train, held_out, {"data": counts, "splits": {split: report for split, (_, report) in parts.items()}}
 
 
 def describe_pair(tokenizer, pair: dict, max_length: int | None) -> str:

@@ -210,10 +210,10 @@ BAD = {
     "empty side": [
         as_conversations(pair("q", " \n", "b")), as_conversations(pair("q", "a", "")),
         as_conversations(pair(" ", "a", "b")), as_conversations(pair("q", "a", "b")) | {"chosen": []},
+        {"chosen": [user("q")], "rejected": [user("q"), assistant("b")]},
     ],
     "no final assistant turn": [
         {"chosen": [user("q"), assistant("a"), user("thanks")], "rejected": [user("q"), assistant("b")]},
-        {"chosen": [user("q")], "rejected": [user("q"), assistant("b")]},
     ],
     "histories differ": [
         {"chosen": [user("q"), assistant("a")], "rejected": [user("p"), assistant("b")]},
@@ -241,7 +241,7 @@ def test_counts_of_all_reasons_add_up(tokenizer, tmp_path):
     assert report["dropped"] == {reason: len(rows) for reason, rows in BAD.items()}
     assert report["read"] == report["kept"] + sum(report["dropped"].values()) == len(bad) + 20
     assert (len(kept), report["duplicates"]) == (20, 2)
-    assert "empty side: [3, 4, 5, 6]" in dpotrainer.format_report(report)
+    assert "empty side: [3, 4, 5, 6, 7]" in dpotrainer.format_report(report)
 
 
 def test_only_the_first_rows_of_many_are_named(tokenizer, tmp_path):
@@ -524,7 +524,7 @@ def test_splits_of_a_folder(names, tokenizer, tmp_path, monkeypatch):
     train, held_out, report = dpotrainer.load_preferences(options(str(tmp_path), eval_pairs=3), tokenizer)
     assert (len(train), len(held_out)) == (32, 10)  # all of the test split, whatever eval_pairs
     assert list(report["splits"]) == list(names)
-    assert report[str(tmp_path)] == "32 pairs to train on, 10 held out, 1 in both"
+    assert report["data"] == f"{tmp_path}: 32 pairs to train on, 10 held out, 1 in both"
 
 
 @pytest.mark.parametrize("changes", [
@@ -546,7 +546,7 @@ def test_the_seed_fixes_what_is_held_out(count, expected, tokenizer, tmp_path):
         assert len(train) == 100
         return
     assert (len(train), len(held_out)) == (100 - expected, expected)
-    assert report[name] == f"{100 - expected} pairs to train on, {expected} held out, 0 in both"
+    assert report["data"] == f"{name}: {100 - expected} pairs to train on, {expected} held out, 0 in both"
     assert not set(train["pair_hash"]) & set(held_out["pair_hash"])
     again = dpotrainer.load_preferences(options(name, eval_pairs=count), tokenizer)[1]
     assert again["pair_hash"][:] == held_out["pair_hash"][:]
