@@ -373,8 +373,8 @@ def recognise_layout(dataset, source: str) -> str:
     sides = {column: found[column] for column in ("prompt", "conversations", "chosen", "rejected") if column in found}
     if sides in LAYOUTS.values():
         return next(layout for layout in LAYOUTS if LAYOUTS[layout] == sides)
-    table = format_report({"columns found": found, **LAYOUTS})
-    raise UserError(f"{source}: the columns are not those of one known layout; rename or remove some\n{table}")
+    raise UserError(f"{source}: the columns fit no known layout, or more than one; rename or remove some\n"
+                    f"{format_report({'columns found': found, **LAYOUTS})}")  # fmt: skip
 
 
 def read_turns(cell, column: str, kind: str) -> list[dict]:
@@ -434,7 +434,7 @@ def tokenize_pair(prompt: list, chosen: list, rejected: list, row: dict, tokeniz
         raise ValueError("the chat template renders the prompt differently alone than with its answers; save a "
                          f"chat_template.jinja that renders them alike beside the tokenizer:\n  {shown}")  # fmt: skip
     encode = functools.partial(tokenizer, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    special = tuple(tokenizer.all_special_tokens)
+    special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     whole = [text if text.rstrip().endswith(special) else text + tokenizer.eos_token for text in whole]
     # special tokens part a text, so of the prompt only what follows the last one is tokenized again for each answer
     last = max([0, *map(alone.rfind, special)])
@@ -463,11 +463,12 @@ def prepare_pair(row: dict, index: int, layout: str, tokenizer, raw: bool, max_l
     row = remove_none_values(row)  # arrow gives every struct of a column the keys of all of them
     try:
         *pair, reason = canonical_pair(row, layout)
-        ids = [[], [], []] if reason else tokenize_pair(*pair, row, tokenizer, raw)
+        if reason:
+            return dict(zip(PREPARED, ([], [], [], 0, 0, reason)))
+        ids = tokenize_pair(*pair, row, tokenizer, raw)
     except Exception as error:  # also jinja's, and whatever a template raises to refuse a conversation
         raise ValueError(f"row {index + 1}: {error}") from error  # a class of ours would not come back from a worker
-    measured = (0, 0, reason) if reason else measure_pair(*ids, max_length)
-    return dict(zip(PREPARED, (*ids, *measured)))
+    return dict(zip(PREPARED, (*ids, *measure_pair(*ids, max_length))))
 
 
 def prepare_split(dataset, split: str, s: argparse.Namespace, tokenizer) -> tuple:
@@ -534,8 +535,7 @@ def read_splits(s: argparse.Namespace) -> dict:
         reason = find_bad_row(path) or f"{type(error).__name__}: {error}"
         fix = "a hub name: check it, network and `hf auth login`; local files are jsonl, json, parquet or csv"
         raise UserError(f"The data set {name} cannot be read: {reason}\n{fix}") from error
-    prefs = {"train": "train_prefs", "test": "test_prefs"}
-    train, test = (split if split in found else prefs.get(split, split) for split in splits)
+    train, test = (split if split in found else f"{split}_prefs" for split in splits)
     if train not in found or test not in {*found, "test_prefs"}:
         fix = f"not both dataset_train_split ({splits[0]}) and dataset_test_split ({splits[1]})"
         raise UserError(f"The data set {name} has the splits {', '.join(found)}, but {fix}")
