@@ -365,16 +365,16 @@ format_report = functools.partial(yaml.safe_dump, sort_keys=False, default_flow_
 
 def recognise_layout(dataset, source: str) -> str:
     """The layout of the columns, each judged by its first filled cell of the first 100 rows."""
-    found, kinds = {}, {str: "text", list: "messages", dict: "messages"}
+    found, names = {}, {str: "text", list: "messages", dict: "messages"}
     for column, cells in dataset[:100].items():
         cell = next(filter(None, cells), None)
         is_transcript = column != "prompt" and re.match(r"\s*Human:", str(cell))
-        found[column] = "transcript" if is_transcript else kinds.get(type(cell), type(cell).__name__)
+        found[column] = "transcript" if is_transcript else names.get(type(cell), type(cell).__name__)
     sides = {column: found[column] for column in ("prompt", "conversations", "chosen", "rejected") if column in found}
     if sides in LAYOUTS.values():
-        return next(layout for layout in LAYOUTS if LAYOUTS[layout] == sides)
-    raise UserError(f"{source}: the columns fit no known layout, or more than one; rename or remove some\n"
-                    f"{format_report({'columns found': found, **LAYOUTS})}")  # fmt: skip
+        return next(layout for layout, kinds in LAYOUTS.items() if kinds == sides)
+    table = format_report({"columns found": found, **LAYOUTS})
+    raise UserError(f"{source}: the columns fit no known layout, or more than one; rename or remove some\n{table}")
 
 
 def read_turns(cell, column: str, kind: str) -> list[dict]:
@@ -478,7 +478,7 @@ def prepare_split(dataset, split: str, s: argparse.Namespace, tokenizer) -> tupl
     raw = layout == "standard" and not s.chat_strings
     if not (raw or tokenizer.chat_template):
         fix = "start from the instruct version, or save a chat_template.jinja beside the tokenizer"
-        raise UserError(f"{source} needs a chat template, and the tokenizer has none: {fix}")
+        raise UserError(f"{source} needs a chat template, and the tokenizer has none; {fix}")
     read = sorted({*LAYOUTS[layout], *sum(SCORES, ()), "tools", "chat_template_kwargs"}.intersection(dataset.features))
     try:
         table = dataset.select_columns(read).map(
@@ -535,7 +535,7 @@ def read_splits(s: argparse.Namespace) -> dict:
         reason = find_bad_row(path) or f"{type(error).__name__}: {error}"
         fix = "a hub name: check it, network and `hf auth login`; local files are jsonl, json, parquet or csv"
         raise UserError(f"The data set {name} cannot be read: {reason}\n{fix}") from error
-    train, test = (split if split in found else f"{split}_prefs" for split in splits)
+    train, test = (split if split in found else f"{split}_prefs" for split in splits)  # HuggingFaceH4's names
     if train not in found or test not in {*found, "test_prefs"}:
         fix = f"not both dataset_train_split ({splits[0]}) and dataset_test_split ({splits[1]})"
         raise UserError(f"The data set {name} has the splits {', '.join(found)}, but {fix}")

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import tracemalloc
+from decimal import Decimal
 from importlib.resources import files
 from types import SimpleNamespace
 
@@ -486,6 +487,15 @@ def test_file_types_give_the_same_pairs(kind, tokenizer, tmp_path):
         getattr(table, f"to_{kind}")(path)
     train, _, _ = dpotrainer.load_preferences(options(str(path)), tokenizer)
     assert train.to_list() == expected
+
+
+def test_scores_of_any_type_are_compared(tokenizer, tmp_path):
+    rows = [as_conversations(pair("q", "a", "b")) for _ in range(3)]
+    for row, score in zip(rows, ("1.50", "1.5", "2")):
+        row |= {"score_chosen": Decimal(score), "score_rejected": Decimal("2")}
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "pairs.parquet")
+    report = dpotrainer.load_preferences(options(str(tmp_path / "pairs.parquet")), tokenizer)[2]
+    assert dropped(report["splits"]["train"]) == {"tied scores": (1, [3])}
 
 
 def test_an_empty_csv_cell_is_an_empty_side(tokenizer, tmp_path):
