@@ -359,8 +359,8 @@ RAW = "{% for message in messages %}{{ message.content }}{% endfor %}"  # plain 
 PREPARED = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), datasets.List(datasets.Value("int32")))
 PREPARED |= dict.fromkeys(("pair_hash", "needed_tokens"), datasets.Value("int64"))
 PREPARED |= {"dropped": datasets.Value("string")}  # why the pair is not used, or ""
-
-format_report = functools.partial(yaml.safe_dump, sort_keys=False, default_flow_style=None, width=10**6)
+YAML = {"sort_keys": False, "default_flow_style": None, "allow_unicode": True, "width": 10**6}  # a level below, inline
+format_report = functools.partial(yaml.safe_dump, **YAML)
 
 
 def recognise_layout(dataset, source: str) -> str:
@@ -552,7 +552,7 @@ def load_preferences(s: argparse.Namespace, tokenizer) -> tuple:
         held = drawn < np.sort(drawn)[min(s.eval_pairs, len(train) // 5)]
         train, held_out = train.select(np.flatnonzero(~held)), train.select(np.flatnonzero(held)) or None
     both = len({*train["pair_hash"]}.intersection(held_out["pair_hash"] if held_out else []))
-    counts = f"{s.dataset_name}: {len(train)} pairs to train on, {len(held_out or [])} held out, {both} in both"
+    counts = f"{s.dataset_name}, {len(train)} pairs to train on, {len(held_out or [])} held out, {both} in both"
     return train, held_out, {"data": counts, "splits": {split: report for split, (_, report) in parts.items()}}
 
 

@@ -243,6 +243,7 @@ def test_counts_of_all_reasons_add_up(tokenizer, tmp_path):
     assert report["read"] == report["kept"] + sum(report["dropped"].values()) == len(bad) + 20
     assert (len(kept), report["duplicates"]) == (20, 2)
     assert "empty side: [3, 4, 5, 6, 7]" in dpotrainer.format_report(report)
+    assert dpotrainer.format_report({"data": "你好 " * 50 + "end"}) == f"data: {'你好 ' * 50}end\n"
 
 
 def test_only_the_first_rows_of_many_are_named(tokenizer, tmp_path):
@@ -534,7 +535,7 @@ def test_splits_of_a_folder(names, tokenizer, tmp_path, monkeypatch):
     train, held_out, report = dpotrainer.load_preferences(options(str(tmp_path), eval_pairs=3), tokenizer)
     assert (len(train), len(held_out)) == (32, 10)  # all of the test split, whatever eval_pairs
     assert list(report["splits"]) == list(names)
-    assert report["data"] == f"{tmp_path}: 32 pairs to train on, 10 held out, 1 in both"
+    assert report["data"] == f"{tmp_path}, 32 pairs to train on, 10 held out, 1 in both"
 
 
 @pytest.mark.parametrize("changes", [
@@ -556,7 +557,7 @@ def test_the_seed_fixes_what_is_held_out(count, expected, tokenizer, tmp_path):
         assert len(train) == 100
         return
     assert (len(train), len(held_out)) == (100 - expected, expected)
-    assert report["data"] == f"{name}: {100 - expected} pairs to train on, {expected} held out, 0 in both"
+    assert report["data"] == f"{name}, {100 - expected} pairs to train on, {expected} held out, 0 in both"
     assert not set(train["pair_hash"]) & set(held_out["pair_hash"])
     again = dpotrainer.load_preferences(options(name, eval_pairs=count), tokenizer)[1]
     assert again["pair_hash"][:] == held_out["pair_hash"][:]
