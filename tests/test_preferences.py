@@ -243,7 +243,7 @@ def test_counts_of_all_reasons_add_up(tokenizer, tmp_path):
     assert report["read"] == report["kept"] + sum(report["dropped"].values()) == len(bad) + 20
     assert (len(kept), report["duplicates"]) == (20, 2)
     assert "empty side: [3, 4, 5, 6, 7]" in dpotrainer.format_report(report)
-    assert dpotrainer.format_report({"data": "你好 " * 50 + "end"}) == f"data: {'你好 ' * 50}end\n"
+    assert "你好 " * 50 + "end" in dpotrainer.format_report({"data": "你好 " * 50 + "end"})
 
 
 def test_only_the_first_rows_of_many_are_named(tokenizer, tmp_path):
