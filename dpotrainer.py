@@ -38,7 +38,6 @@ import warnings
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields
-from numbers import Number
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,8 +66,9 @@ from transformers.modeling_utils import set_zero3_state
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.utils.peft_utils import find_adapter_config_file
+from trl.data_utils import common_prefix_length
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import global_then_local_main_first, use_adapter
+from trl.trainer.utils import global_then_local_main_first, remove_none_values, use_adapter
 
 # fmt: off
 # ----------------------------------------------------------------------------------------------- constants: edit these
@@ -342,196 +342,165 @@ def check_settings(s: argparse.Namespace) -> list[str]:
     return problems
 
 
-# ------------------------------------------------------------------------------------------------------ preferences
-LAYOUTS = {  # what each column must hold; a column not named may be there or not
+# --------------------------------------------------------------------------------------------------------- preferences
+LAYOUTS = {  # what the columns prompt, conversations, chosen and rejected hold, as far as they are there
     "standard": {"prompt": "text", "chosen": "text", "rejected": "text"},
     "conversational": {"prompt": "messages", "chosen": "messages", "rejected": "messages"},
     "prompt beside conversations": {"prompt": "text", "chosen": "messages", "rejected": "messages"},
-    "conversations": {"prompt": "nothing", "conversations": "nothing", "chosen": "messages", "rejected": "messages"},
+    "conversations": {"chosen": "messages", "rejected": "messages"},
     "ShareGPT": {"conversations": "messages", "chosen": "messages", "rejected": "messages"},
-    "transcripts": {"chosen": "transcript text", "rejected": "transcript text"},
+    "transcripts": {"chosen": "transcript", "rejected": "transcript"},
 }
 SCORES = [("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen-rating", "rejected-rating")]
-ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
-ROLES |= {"human": "user", "gpt": "assistant", "bot": "assistant"}
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+ROLES |= {role: role for role in ("system", "developer", "user", "assistant", "tool")}
+RAW = "{% for message in messages %}{{ message.content }}{% endfor %}"  # plain text's chat template
 PREPARED = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), datasets.List(datasets.Value("int32")))
 PREPARED |= dict.fromkeys(("pair_hash", "needed_tokens"), datasets.Value("int64"))
-PREPARED |= dict.fromkeys(("dropped", "template"), datasets.Value("string"))
-
-
-def kind_of(cell) -> str:
-    """What a cell holds: "text", "transcript text" (it opens with a Human turn), "messages", or its type."""
-    if isinstance(cell, str):
-        return "transcript text" if re.match(r"\s*Human:", cell) else "text"
-    turns = cell if isinstance(cell, list) else [cell]
-    return "messages" if all(isinstance(t, dict) and {"role", "from"} & {*t} for t in turns) else type(cell).__name__
+PREPARED |= {"dropped": datasets.Value("string")}  # why the pair is not used, or ""
+YAML = {"sort_keys": False, "default_flow_style": None, "allow_unicode": True, "width": 10**6}  # a level below, inline
+format_report = functools.partial(yaml.safe_dump, **YAML)
 
 
 def recognise_layout(dataset, source: str) -> str:
-    """The one layout that fits the columns, each judged by its first filled cell of the first 100 rows."""
-    found = {column: kind_of(next(filter(None, cells), None)) for column, cells in dataset[:100].items()}
-    fits = [name for name, kinds in LAYOUTS.items()
-            if all(found.get(column, "nothing").endswith(kind) for column, kind in kinds.items())]  # fmt: skip
-    if len(fits) == 1:
-        return fits[0]
-    problem = f"more than one known layout ({', '.join(fits)})" if fits else "no known layout"
-    table = "".join(f"\n  {name:<28}{', '.join(map(': '.join, kinds.items()))}"
-                    for name, kinds in {"columns found": found, **LAYOUTS}.items())  # fmt: skip
-    raise UserError(f"{source}, {len(dataset)} rows: the columns fit {problem}; rename or remove some.{table}")
+    """The layout of the columns, each judged by its first filled cell of the first 100 rows."""
+    found, names = {}, {str: "text", list: "messages", dict: "messages"}
+    for column, cells in dataset[:100].items():
+        cell = next(filter(None, cells), None)
+        is_transcript = column != "prompt" and re.match(r"\s*Human:", str(cell))
+        found[column] = "transcript" if is_transcript else names.get(type(cell), type(cell).__name__)
+    sides = {column: found[column] for column in ("prompt", "conversations", "chosen", "rejected") if column in found}
+    if sides in LAYOUTS.values():
+        return next(layout for layout, kinds in LAYOUTS.items() if kinds == sides)
+    table = format_report({"columns found": found, **LAYOUTS})
+    raise UserError(f"{source}: the columns fit no known layout, or more than one; rename or remove some\n{table}")
 
 
-def read_side(cell, column: str, kind: str, as_chat: bool, where: str) -> str | list[dict]:
-    r"""Text, or [{role, content, ...}] made of such, of {from, value}, or of "\n\nHuman: ...\n\nAssistant: ..."."""
-    if not kind_of(cell).endswith(kind.split()[-1]):
-        raise ValueError(f"{where}: {column} holds {kind_of(cell)}, not {kind}.")
+def read_turns(cell, column: str, kind: str) -> list[dict]:
+    r"""[{role, content, ...}] from such a list, {from, value}, "\n\nHuman: ...\n\nAssistant: ...", or a text."""
+    turns, names = cell if isinstance(cell, list) else [cell], {"from": "role", "value": "content"}
     if kind == "text":
-        return [{"role": "user" if column == "prompt" else "assistant", "content": cell}] if as_chat else cell
-    if isinstance(cell, str):
-        parts = re.split(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):", cell)
-        cell = [{"role": name, "content": said.strip()} for name, said in zip(parts[1::2], parts[2::2])]
+        turns = [{"role": "user" if column == "prompt" else "assistant", "content": cell}]
+    elif kind == "transcript":
+        parts = re.split(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):", str(cell))
+        turns = [{"role": name, "content": said.strip()} for name, said in zip(parts[1::2], parts[2::2])]
     messages = []
-    for turn in [cell] if isinstance(cell, dict) else cell:
-        names = {"from": "role", "value": "content"} if "from" in turn else {}
-        turn = {"content": "" if turn.get("tool_calls") else None} | {names.get(key, key): turn[key] for key in turn}
-        if (role := str(turn.get("role")).lower()) not in ROLES:
-            raise ValueError(f"{where}: unknown role {turn.get('role')!r}; known are {', '.join(ROLES)}.")
-        if not isinstance(turn["content"], str):
-            raise ValueError(f"{where}: the content of a message is {type(turn['content']).__name__}, not text.")
-        messages.append(turn | {"role": ROLES[role]})
+    for turn in turns:
+        turn = {names.get(key, key): turn[key] for key in turn} if isinstance(turn, dict) else {}
+        turn = {"content": "" if "tool_calls" in turn else None} | turn
+        turn["role"] = ROLES.get(str(turn.get("role")).lower())
+        if turn["role"] is None or not isinstance(turn["content"], str):
+            raise ValueError(f"{column} holds {str(cell)[:200]}, not {kind} (roles: {', '.join(ROLES)})")
+        messages.append(turn)
     return messages
 
 
-def canonical_pair(row: dict, layout: str, chat_strings: bool, where: str) -> tuple | str:
-    """One row as (prompt, chosen, rejected), all text or all lists of messages; or why it is dropped."""
-    sides = [read_side(row.get(column), column, kind, chat_strings and layout == "standard", where)
-             for column, kind in LAYOUTS[layout].items() if kind != "nothing"]  # fmt: skip
-    prompt, chosen, rejected = sides if len(sides) == 3 else [None, *sides]
-    if isinstance(chosen, list):
-        if not isinstance(prompt, list):  # it is what both share, up to the last turn that is not the assistant's
-            shared = [i for i in range(1, len(chosen) + 1) if chosen[:i] == rejected[:i]]
-            history = chosen[: max((i for i in shared if chosen[i - 1]["role"] != "assistant"), default=0)]
-            asked = [turn["content"].strip() for turn in history if turn["role"] == "user"]
-            prompt = history if asked and (prompt is None or prompt.strip() in asked) else None
-        size = len(prompt or [])
-        chosen, rejected = (side[size:] if side[:size] == prompt != side else side for side in (chosen, rejected))
-    ends = [side[-1] if side and isinstance(side, list) else {"role": "assistant", "content": side or ""}
-            for side in (prompt, chosen, rejected) if side is not None]  # fmt: skip
-    reasons = {
-        "empty side": not all(turn["content"].strip() or turn.get("tool_calls") for turn in ends),
-        "chosen equals rejected": chosen == rejected,
-        "tied scores": any(row.get(a) not in (None, "") and row[a] == row.get(b) for a, b in SCORES),
-        "no final assistant turn": any(turn["role"] != "assistant" for turn in ends[-2:]),
-        "histories differ": prompt is None,
-    }
-    return next(filter(reasons.get, reasons), (prompt, chosen, rejected))
+def canonical_pair(row: dict, layout: str) -> tuple[list[dict], list[dict], list[dict], str]:
+    """Prompt, chosen and rejected as messages, and why the pair is dropped, or ""."""
+    *start, chosen, rejected = (read_turns(row.get(column), column, kind) for column, kind in LAYOUTS[layout].items())
+    prompt = start[0] if start and layout != "prompt beside conversations" else []
+    if prompt:
+        size = len(prompt)  # answers may repeat it
+        chosen, rejected = (side[size:] if side[:size] == prompt else side for side in (chosen, rejected))
+    else:  # what both conversations begin with, up to the last turn that is not the assistant's
+        size = common_prefix_length(chosen, rejected)
+        while size and chosen[size - 1]["role"] == "assistant":
+            size -= 1
+        prompt = chosen[:size] if any(turn["role"] == "user" for turn in chosen[:size]) else []
+        chosen, rejected = chosen[size:], rejected[size:]
+    ends = [turns[-1] for turns in (prompt, chosen, rejected) if turns]
+    filled = chosen and rejected and all(turn["content"].strip() or "tool_calls" in turn for turn in ends)
+    reasons = {"empty side": not filled,
+               "tied scores": any(row.get(a) not in (None, "") and row[a] == row.get(b) for a, b in SCORES),
+               "no final assistant turn": any(turn["role"] != "assistant" for turn in ends[-2:]),
+               "histories differ": not prompt}  # fmt: skip
+    return prompt, chosen, rejected, next(filter(reasons.get, reasons), "")
 
 
-def render_pair(pair: tuple, row: dict, tokenizer, where: str) -> tuple[list[str] | str, str]:
-    """([prompt, prompt + chosen, prompt + rejected], the template's arguments) or (why it is dropped, "")."""
-    prompt, chosen, rejected = pair
-    if isinstance(prompt, str):
-        return [prompt, prompt + chosen, prompt + rejected], "none"
+def tokenize_pair(prompt: list, chosen: list, rejected: list, row: dict, tokenizer, raw: bool) -> list[list[int]]:
+    """Ids of the prompt, and of each answer up to its turn end or eos, from messages; raw ones without a template."""
+    tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
     # Qwen3's empty think block belongs to the prompt unless an answer carries reasoning: the first that fits is taken
-    for choice in [{"enable_thinking": False}, {}] if "enable_thinking" in str(tokenizer.chat_template) else [{}]:
-        try:
-            tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
-            options = {"tokenize": False, "tools": tools, **choice, **row.get("chat_template_kwargs", {})}
-            alone = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)
-            whole = [tokenizer.apply_chat_template(prompt + answer, **options) for answer in (chosen, rejected)]
-        except Exception as error:  # jinja's own errors, and whatever a template raises to refuse a conversation
-            raise ValueError(f"{where}: the chat template refuses this pair: {error}") from error
-        other = next((text for text in whole if not text.startswith(alone)), None)
-        if other is None:
-            return [alone, *whole], ", ".join(f"{key}={value}" for key, value in choice.items()) or "defaults"
-    if len(chosen + rejected) > 2:
-        return "histories differ", ""
-    parted = next((i for i, (a, b) in enumerate(zip(alone, other)) if a != b), len(other))
-    alone, other = (repr(text[max(0, parted - 80) : parted + 80]) for text in (alone, other))
-    raise ValueError(f"{where}: the chat template renders the prompt differently alone than with its answer:\n  "
-                     f"alone        {alone}\n  with answer  {other}\nSave a chat_template.jinja that renders both "
-                     "alike beside the tokenizer.")  # fmt: skip
-
-
-def measure_pair(prompt: list[int], chosen: list[int], rejected: list[int], max_length: int | None) -> tuple:
-    """Columns PREPARED, short of the last, from the token ids of a prompt and its answers."""
-    first, second = (np.array(prompt + answer, "<i4")[:max_length] for answer in (chosen, rejected))
-    short = min(len(first), len(second))
-    shared = int(np.cumprod(first[:short] == second[:short]).sum())
-    reasons = {"chosen equals rejected": chosen == rejected,
-               "prompt leaves no room": len(prompt) >= (max_length or np.inf),
-               "equal after truncation": shared == len(first) == len(second)}  # fmt: skip
-    both = np.r_[len(prompt), len(first), first, second].astype("<i4").tobytes()  # alike on every machine
-    pair_hash = int.from_bytes(hashlib.blake2b(both, digest_size=8).digest(), "little", signed=True)
-    needed = len(first) + len(second) - min(shared, short - 1)  # distinct tokens; the last of a row is never shared
-    return prompt, chosen, rejected, pair_hash, needed, next(filter(reasons.get, reasons), "")
-
-
-def prepare_pair(row: dict, index: int, tokenizer, layout: str, options: dict, source: str) -> dict:
-    """A row as it was read to the columns PREPARED; a pair dropped before it is tokenized has no tokens."""
-    # arrow gives every struct of a column the keys of all of them, with None for those it had not
-    text = json.dumps(dict(row), default=lambda cell: float(cell) if isinstance(cell, Number) else str(cell))
-    row = json.loads(text, object_hook=lambda cell: {key: cell[key] for key in cell if cell[key] is not None})
-    where = f"{source}, row {index + 1}"
-    pair = canonical_pair(row, layout, options["chat_strings"], where)
-    texts, form = (pair, "") if isinstance(pair, str) else render_pair(pair, row, tokenizer, where)
-    if not form:
-        return dict(zip(PREPARED, ([], [], [], 0, 0, texts, "")))
+    for thinking in ({"enable_thinking": False}, {}):
+        options = {"chat_template": RAW if raw else None, "tools": tools, "tokenize": False} | thinking
+        render = functools.partial(tokenizer.apply_chat_template, **options | row.get("chat_template_kwargs", {}))
+        alone, *whole = render(prompt, add_generation_prompt=True), render(prompt + chosen), render(prompt + rejected)
+        if all(text.startswith(alone) for text in whole):
+            break
+    else:
+        parted = min(common_prefix_length(alone, text) for text in whole)
+        shown = "\n  ".join(repr(text[max(0, parted - 80) : parted + 80]) for text in (alone, *whole))
+        raise ValueError("the chat template renders the prompt differently alone than with its answers; save a "
+                         f"chat_template.jinja that renders them alike beside the tokenizer:\n  {shown}")  # fmt: skip
     encode = functools.partial(tokenizer, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    alone, *whole = texts
-    special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
-    ends = tuple(token.content for token in special)
-    whole = [text if text.rstrip().endswith(ends) else text + tokenizer.eos_token for text in whole]
-    # these tokens part a text: what precedes the prompt's last one is tokenized once instead of three times
-    parts = [token.content for token in special if not (token.lstrip or token.normalized)]
-    size = max([0, *map(alone.rfind, parts)])
-    head, tail, *both = encode([alone[:size], *(text[size:] for text in texts[:1] + whole)]).input_ids
+    special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    whole = [text if text.rstrip().endswith(special) else text + tokenizer.eos_token for text in whole]
+    # special tokens part a text, so of the prompt only what follows the last one is tokenized again for each answer
+    last = max([0, *map(alone.rfind, special)])
+    prompt, tail, *both = encode([alone, *(text[last:] for text in (alone, *whole))]).input_ids
     # where tokens merge across the boundary, the answer is tokenized apart: in use, it starts with a new token
     answers = [ids[len(tail) :] if ids[: len(tail)] == tail else encode(text[len(alone) :]).input_ids
                for ids, text in zip(both, whole)]  # fmt: skip
-    prompt = head + tail
-    if form == "none":  # raw text gets the bos, which a template writes itself
-        marked = tokenizer("x").input_ids
-        prompt = marked[: marked.index(encode("x").input_ids[0])] + prompt
-    return dict(zip(PREPARED, (*measure_pair(prompt, *answers, options["max_length"]), form)))
+    bos = [token for token in tokenizer("").input_ids if raw and token == tokenizer.bos_token_id]
+    return [bos + prompt, *answers]  # a chat template writes its bos itself
 
 
-def prepare_split(dataset, split: str, settings, tokenizer) -> tuple:
-    """One split, tokenized and without its bad pairs; and the report: row numbers from 1, of the first five."""
-    source, limit = f"{settings.dataset_name} ({split})", settings.max_length
+def measure_pair(prompt: list[int], chosen: list[int], rejected: list[int], max_length: int | None) -> tuple:
+    """The last three columns of PREPARED, from token ids: hash, distinct tokens, why the pair is dropped or ""."""
+    first, second = ((prompt + answer)[:max_length] for answer in (chosen, rejected))
+    shared = min(common_prefix_length(first, second), len(first) - 1, len(second) - 1)  # never a row's last token
+    both = np.array([len(prompt), len(first), *first, *second], "<i4").tobytes()  # alike on every machine
+    pair_hash = int.from_bytes(hashlib.blake2b(both, digest_size=8).digest(), "little", signed=True)
+    reasons = {"chosen equals rejected": chosen == rejected,
+               "prompt leaves no room": len(prompt) >= (max_length or sys.maxsize),
+               "equal after truncation": first == second}  # fmt: skip
+    return pair_hash, len(first) + len(second) - shared, next(filter(reasons.get, reasons), "")
+
+
+def prepare_pair(row: dict, index: int, layout: str, tokenizer, raw: bool, max_length: int | None) -> dict:
+    """A row as it was read to the columns PREPARED; a pair dropped before it is tokenized has no tokens."""
+    row = remove_none_values(row)  # arrow gives every struct of a column the keys of all of them
+    try:
+        *pair, reason = canonical_pair(row, layout)
+        if reason:
+            return dict(zip(PREPARED, ([], [], [], 0, 0, reason)))
+        ids = tokenize_pair(*pair, row, tokenizer, raw)
+    except Exception as error:  # also jinja's, and whatever a template raises to refuse a conversation
+        raise ValueError(f"row {index + 1}: {error}") from error  # a class of ours would not come back from a worker
+    return dict(zip(PREPARED, (*ids, *measure_pair(*ids, max_length))))
+
+
+def prepare_split(dataset, split: str, s: argparse.Namespace, tokenizer) -> tuple:
+    """One split, tokenized and without its bad pairs; and the report on it, with row numbers from 1."""
+    source = f"{s.dataset_name} ({split})"
     layout = recognise_layout(dataset, source)
-    if tokenizer.chat_template is None and (layout != "standard" or settings.chat_strings):
+    raw = layout == "standard" and not s.chat_strings
+    if not (raw or tokenizer.chat_template):
         fix = "start from the instruct version, or save a chat_template.jinja beside the tokenizer"
-        raise UserError(f"{source} needs a chat template, and the tokenizer has none: {fix}.")
+        raise UserError(f"{source} needs a chat template, and the tokenizer has none; {fix}")
     read = sorted({*LAYOUTS[layout], *sum(SCORES, ()), "tools", "chat_template_kwargs"}.intersection(dataset.features))
-    options = {"chat_strings": settings.chat_strings, "max_length": limit}
-    # our own key for the cache: the default one pickles the tokenizer, which differs from run to run
-    code = re.search(r"(?s)- preferences\n.*- policy and reference\n", Path(__file__).read_text("utf-8")).group()
-    words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab())
-    key = [code, dataset._fingerprint, read, options, words, tokenizer.special_tokens_map, tokenizer.chat_template]
     try:
         table = dataset.select_columns(read).map(
-            prepare_pair, with_indices=True, remove_columns=read, desc=f"Tokenizing {split}",
-            fn_kwargs={"tokenizer": tokenizer, "layout": layout, "options": options, "source": source},
-            num_proc=settings.dataset_num_proc or (min(8, os.cpu_count()) if len(dataset) > 5000 else None),
-            new_fingerprint=hashlib.blake2b(repr(key).encode(), digest_size=16).hexdigest(),
-            features=datasets.Features(PREPARED))  # fmt: skip
-    except ValueError as error:  # a class of our own would not come back from a worker process
-        raise UserError(str(error)) from None
-    frame, lengths = table.select_columns(["dropped", "template", "pair_hash"]).to_pandas(), token_lengths(table)
-    good, bad = frame[frame.dropped == ""], frame[frame.dropped != ""].groupby("dropped").groups
-    rows = np.stack([lengths["prompt"] + lengths[side] for side in ("chosen", "rejected")])  # (2, N) tokens
-    tokenized = np.sort(rows[:, frame.template != ""], axis=None)  # with those whose prompt left no room
-    report = {
-        "layout": layout, "ignored columns": ", ".join(sorted({*dataset.features}.difference(read))) or "none",
-        "template arguments": good.template.value_counts().to_dict(), "read": len(frame), "kept": len(good),
-        "dropped": {reason: (len(numbers), (numbers[:5] + 1).tolist()) for reason, numbers in bad.items()},
-        "duplicates": int(good.pair_hash.duplicated().sum()), "max_length": limit,
-        "answers cut": float((rows[:, good.index] > (limit or np.inf)).sum() / max(2 * len(good), 1)),
-        "max_length for less than 1%": int(tokenized[-len(tokenized) // 100]) if len(tokenized) else None,
-    }  # fmt: skip
-    if len(good) * 2 < len(frame):
-        raise UserError(f"{source}: too few pairs can be used.\n{format_report(report)}")
-    return table.remove_columns(["dropped", "template"]).select(good.index), report
+            prepare_pair, with_indices=True, remove_columns=read, features=datasets.Features(PREPARED),
+            fn_kwargs={"layout": layout, "tokenizer": tokenizer, "raw": raw, "max_length": s.max_length},
+            num_proc=s.dataset_num_proc or (min(8, os.cpu_count()) if len(dataset) > 5000 else None),
+            desc=f"Tokenizing {split}")  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"{source}, {error}") from None
+    rows = table.select_columns("dropped").to_pandas().groupby("dropped").indices
+    good = rows.pop("", np.array([], int))
+    report = {"layout": layout, "read": len(table), "kept": len(good)}
+    report["dropped"] = {reason: len(bad) for reason, bad in rows.items()}
+    report["first rows of them"] = {reason: (bad[:5] + 1).tolist() for reason, bad in rows.items()}
+    if len(good) * 2 < len(table):
+        raise UserError(f"{source}: too few pairs can be used\n{format_report(report)}")
+    pairs, lengths = table.select(good).remove_columns("dropped"), token_lengths(table)
+    whole = np.stack([lengths["prompt"] + lengths[side] for side in ("chosen", "rejected")])  # (2, N) tokens
+    tokenized = np.sort(whole[whole > 0])  # with those whose prompt left no room
+    report["duplicates"] = len(pairs) - len({*pairs["pair_hash"]})
+    report["share of answers cut"] = round(float((whole[:, good] > (s.max_length or np.inf)).mean()), 4)
+    report["max_length that cuts less than 1%"] = int(tokenized[-len(tokenized) // 100])
+    return pairs, report
 
 
 def token_lengths(dataset) -> dict[str, np.ndarray]:
@@ -541,71 +510,49 @@ def token_lengths(dataset) -> dict[str, np.ndarray]:
     return {side: pc.list_value_length(column).to_numpy()[rows] for side, column in columns.items()}
 
 
-def format_report(report: dict) -> str:
-    """The report on the data, or on one of its splits, as aligned lines."""
-    if "splits" in report:
-        both = f" ({report['in both']} of them among those held out)" * (report["in both"] > 0)
-        head = f"{report['data']}: {report['train']} pairs to train on{both}, {report['held out']} held out"
-        return head + "".join(f"\n split {name}\n{format_report(part)}" for name, part in report["splits"].items())
-    lines = {name: f"{value:.1%}" if isinstance(value, float) else value for name, value in report.items()}
-    for reason, (count, rows) in lines.pop("dropped").items():
-        lines[f"dropped: {reason}"] = f"{count} (rows {', '.join(map(str, rows))}{', ...' * (count > len(rows))})"
-    return "\n".join(f"    {name:<34}{value}" for name, value in lines.items())
-
-
 def find_bad_row(path: Path) -> str:
     """Where the JSON file at `path`, or one in the folder, is broken; empty when none is."""
     for file in [path] if path.is_file() else sorted(path.rglob("*.json*")):
         text = file.read_bytes()
-        for number, line in enumerate([text] if text[:1] == b"[" else text.split(b"\n"), 1):
-            try:  # encoding finds lone surrogates, which arrow refuses and json lets pass
-                json.dumps(json.loads(line.strip() or b"{}"), ensure_ascii=False).encode()
+        for number, line in enumerate([text] if text[:1] == b"[" else text.splitlines(), 1):
+            try:
+                json.loads(line.strip() or "{}")
             except ValueError as error:
                 return f"{file}, row {number}: {error}"
     return ""
 
 
-def read_splits(settings) -> dict:
+def read_splits(s: argparse.Namespace) -> dict:
     """{split name: data set}: the one to train on and, where there is one, the one held out."""
-    name, path = settings.dataset_name, Path(settings.dataset_name).expanduser()
-    known = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-    is_local = path.is_file() or path.suffix in known or name[:1] in "./~"
-    if is_local and not path.is_dir() and not (path.is_file() and path.suffix in known):
-        raise UserError(f"dataset_name: {name} is no folder, and no file of a known type ({', '.join(known)}).")
-    source = {"path": str(path) if path.is_dir() else name, "name": settings.dataset_config}
-    if path.is_file():
-        source = {"path": known[path.suffix], "data_files": str(path)}
-        source |= {"keep_default_na": False} if path.suffix == ".csv" else {}  # an answer "None" is text
+    name, path, splits = s.dataset_name, Path(s.dataset_name), (s.dataset_train_split, s.dataset_test_split)
+    kind = path.suffix[1:].removesuffix("l")  # json reads jsonl too
+    source = {"path": kind, "data_files": name} if path.is_file() else {"path": name}
+    source |= {"keep_default_na": False} if source["path"] == "csv" else {}  # an answer "None" is text
     try:
-        found = datasets.load_dataset(**source)
+        found = datasets.load_dataset(**source, name=s.dataset_config)
     except Exception as error:  # the network's, the hub's, arrow's, pandas'
-        reason = (find_bad_row(path) if path.exists() else "") or f"{type(error).__name__}: {error}"
-        fix = f"from the hub: check name, network and `hf auth login`; a folder must hold {', '.join(known)} files"
+        reason = find_bad_row(path) or f"{type(error).__name__}: {error}"
+        fix = "a hub name: check it, network and `hf auth login`; local files are jsonl, json, parquet or csv"
         raise UserError(f"The data set {name} cannot be read: {reason}\n{fix}") from error
-    train, test = settings.dataset_train_split, settings.dataset_test_split
-    if (train, test) == ("train", "test") and train not in found and "train_prefs" in found:
-        train, test = "train_prefs", "test_prefs"
-    if train not in found or test not in {*found, "test", "test_prefs"}:
-        wanted = f"dataset_train_split ({train}) and dataset_test_split ({test})"
-        raise UserError(f"The data set {name} has the splits {', '.join(found)}, but not both {wanted}.")
+    train, test = (split if split in found else f"{split}_prefs" for split in splits)  # HuggingFaceH4's names
+    if train not in found or test not in {*found, "test_prefs"}:
+        fix = f"not both dataset_train_split ({splits[0]}) and dataset_test_split ({splits[1]})"
+        raise UserError(f"The data set {name} has the splits {', '.join(found)}, but {fix}")
     return {split: found[split] for split in (train, test) if split in found}
 
 
-def load_preferences(settings, tokenizer) -> tuple:
+def load_preferences(s: argparse.Namespace, tokenizer) -> tuple:
     """(train, held_out or None, report): the pairs, read, checked, tokenized to PREPARED's first five, and split."""
     with global_then_local_main_first():  # the other processes find the main one's work in the cache
-        splits = {name: prepare_split(data, name, settings, tokenizer) for name, data in read_splits(settings).items()}
-    train, held_out, *_ = *(pairs for pairs, _ in splits.values()), None
-    hashes = np.array(train["pair_hash"][:])
+        parts = {split: prepare_split(data, split, s, tokenizer) for split, data in read_splits(s).items()}
+    train, held_out, *_ = *(pairs for pairs, _ in parts.values()), None
     if held_out is None:  # a fifth at most; picked by their hashes, equal pairs stay on one side
-        drawn = hashes ^ np.random.default_rng(settings.seed).integers(-(2**63), 2**63)
-        held = drawn < np.sort(drawn)[min(settings.eval_pairs, len(train) // 5)]
-        held_out = train.select(np.flatnonzero(held)) if held.any() else None
-        train, hashes = train.select(np.flatnonzero(~held)), hashes[~held]
-    report = {"data": settings.dataset_name, "splits": {name: part for name, (_, part) in splits.items()},
-              "train": len(train), "held out": len(held_out or []),
-              "in both": int(np.isin(hashes, held_out["pair_hash"][:]).sum()) if held_out else 0}  # fmt: skip
-    return train, held_out, report
+        drawn = np.array(train["pair_hash"][:]) ^ np.random.default_rng(s.seed).integers(-(2**63), 2**63)
+        held = drawn < np.sort(drawn)[min(s.eval_pairs, len(train) // 5)]
+        train, held_out = train.select(np.flatnonzero(~held)), train.select(np.flatnonzero(held)) or None
+    both = len({*train["pair_hash"]}.intersection(held_out["pair_hash"] if held_out else []))
+    counts = f"{s.dataset_name}, {len(train)} pairs to train on, {len(held_out or [])} held out, {both} in both"
+    return train, held_out, {"data": counts, "splits": {split: report for split, (_, report) in parts.items()}}
 
 
 def describe_pair(tokenizer, pair: dict, max_length: int | None) -> str:

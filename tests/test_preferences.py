@@ -3,6 +3,7 @@
 import datetime
 import json
 import math
+import re
 import tracemalloc
 from decimal import Decimal
 from importlib.resources import files
@@ -82,6 +83,11 @@ def load(folder, rows, tokenizer, **changes):
     """Write the rows as one file and load it: (all pairs as a list, the train split's report)."""
     train, held_out, report = dpotrainer.load_preferences(options(write(folder, rows), **changes), tokenizer)
     return [*train, *(held_out or [])], report["splits"]["train"]
+
+
+def dropped(report):
+    """{reason: (pairs, the first of their row numbers)}."""
+    return {reason: (count, report["first rows of them"][reason]) for reason, count in report["dropped"].items()}
 
 
 def refused(folder, rows, tokenizer, **changes):
@@ -190,12 +196,11 @@ def test_same_pairs_in_every_layout_give_the_same_tokens(name, template, tmp_pat
 
 
 def test_columns_and_their_values(tokenizer, tmp_path):
-    (found,), report = load(tmp_path, [pair("hi", "yes", "no", topic="x")], tokenizer)
+    (found,), _ = load(tmp_path, [pair("hi", "yes", "no", topic="x")], tokenizer)
     assert list(found) == COLUMNS
     assert tokenizer.decode(found["prompt_ids"]) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(found["chosen_ids"]) == "yes<|im_end|>\n"
     assert tokenizer.decode(found["rejected_ids"]) == "no<|im_end|>\n"
-    assert report["ignored columns"] == "topic"
 
 
 # ---- what is dropped, and that nothing is dropped uncounted
@@ -206,10 +211,10 @@ BAD = {
     "empty side": [
         as_conversations(pair("q", " \n", "b")), as_conversations(pair("q", "a", "")),
         as_conversations(pair(" ", "a", "b")), as_conversations(pair("q", "a", "b")) | {"chosen": []},
+        {"chosen": [user("q")], "rejected": [user("q"), assistant("b")]},
     ],
     "no final assistant turn": [
         {"chosen": [user("q"), assistant("a"), user("thanks")], "rejected": [user("q"), assistant("b")]},
-        {"chosen": [user("q")], "rejected": [user("q"), assistant("b")]},
     ],
     "histories differ": [
         {"chosen": [user("q"), assistant("a")], "rejected": [user("p"), assistant("b")]},
@@ -226,7 +231,7 @@ def test_bad_pairs_are_dropped_and_counted(reason, tokenizer, tmp_path):
     good = [as_conversations(pair(f"question {i}", "a", "b")) for i in range(6)]
     kept, report = load(tmp_path, [good[0], *BAD[reason], *good[1:]], tokenizer)
     rows = list(range(2, 2 + len(BAD[reason])))
-    assert report["dropped"] == {reason: (len(rows), rows)}
+    assert dropped(report) == {reason: (len(rows), rows)}
     assert (report["read"], report["kept"], len(kept)) == (6 + len(rows), 6, 6)
 
 
@@ -234,19 +239,17 @@ def test_counts_of_all_reasons_add_up(tokenizer, tmp_path):
     bad = [row for rows in BAD.values() for row in rows]
     good = [as_conversations(pair(f"question {i % 18}", "a", "b")) for i in range(20)]
     kept, report = load(tmp_path, bad + good, tokenizer)
-    assert {reason: count for reason, (count, _) in report["dropped"].items()} == {r: len(BAD[r]) for r in BAD}
-    assert report["read"] == report["kept"] + sum(count for count, _ in report["dropped"].values()) == len(bad) + 20
+    assert report["dropped"] == {reason: len(rows) for reason, rows in BAD.items()}
+    assert report["read"] == report["kept"] + sum(report["dropped"].values()) == len(bad) + 20
     assert (len(kept), report["duplicates"]) == (20, 2)
-    text = dpotrainer.format_report(report)
-    assert "dropped: empty side" in text
-    assert "4 (rows 3, 4, 5, 6)" in text
+    assert "empty side: [3, 4, 5, 6, 7]" in dpotrainer.format_report(report)
+    assert "你好 " * 50 + "end" in dpotrainer.format_report({"data": "你好 " * 50 + "end"})
 
 
 def test_only_the_first_rows_of_many_are_named(tokenizer, tmp_path):
     rows = [pair(f"question {i}", "a", "b" if i % 2 else "a") for i in range(20)]
     report = load(tmp_path, rows, tokenizer)[1]
-    assert report["dropped"] == {"chosen equals rejected": (10, [1, 3, 5, 7, 9])}
-    assert "10 (rows 1, 3, 5, 7, 9, ...)" in dpotrainer.format_report(report)
+    assert dropped(report) == {"chosen equals rejected": (10, [1, 3, 5, 7, 9])}
 
 
 @pytest.mark.parametrize("scores", [(math.nan, math.nan), (None, None), (None, 3.0), (1, 2), ("", "")])
@@ -258,31 +261,31 @@ def test_only_equal_numbers_are_ties(scores, tokenizer, tmp_path):
 @pytest.mark.parametrize("names", [*dpotrainer.SCORES, ("score_chosen", "score_rejected")])
 def test_ties_are_found_in_every_known_pair_of_score_columns(names, tokenizer, tmp_path):
     rows = [pair("q", "a", "b") | dict.fromkeys(names, 4.0), *(pair("q", "a", "b") for _ in range(3))]
-    assert load(tmp_path, rows, tokenizer)[1]["dropped"] == {"tied scores": (1, [1])}
+    assert dropped(load(tmp_path, rows, tokenizer)[1]) == {"tied scores": (1, [1])}
 
 
 def test_more_than_half_dropped_is_an_error_with_the_counts(tokenizer, tmp_path):
     message = refused(tmp_path, [pair("q", "a", "a"), pair("q", "b", "b"), pair("q", "a", "b")], tokenizer)
     assert "too few pairs" in message
-    assert "chosen equals rejected" in message
-    assert "2 (rows 1, 2)" in message
+    assert "dropped: {chosen equals rejected: 2}" in message
+    assert "chosen equals rejected: [1, 2]" in message
     assert load(tmp_path, [pair("q", "a", "a"), pair("q", "a", "b")], tokenizer)[1]["kept"] == 1
 
 
 def test_share_of_cut_answers_and_the_length_that_would_cut_few(tokenizer, tmp_path):
     rows = [pair(f"q{i}", "word " * (5 * i + 1), "w " * (5 * i + 3)) for i in range(150)]
     whole, free = load(tmp_path, rows, tokenizer, max_length=None)
-    assert (free["answers cut"], free["kept"]) == (0.0, 150)
+    assert (free["share of answers cut"], free["kept"]) == (0.0, 150)
     lengths = np.array([len(p["prompt_ids"]) + len(p[side]) for p in whole for side in ("chosen_ids", "rejected_ids")])
     limit = int(np.sort(lengths)[200])
     report = load(tmp_path, rows, tokenizer, max_length=limit)[1]
     assert report["kept"] == 150
-    assert report["answers cut"] == pytest.approx((lengths > limit).mean())
-    enough = report["max_length for less than 1%"]
+    assert report["share of answers cut"] == pytest.approx((lengths > limit).mean(), abs=1e-4)
+    enough = report["max_length that cuts less than 1%"]
     assert (lengths > enough).mean() < 0.01 <= (lengths > enough - 1).mean()
-    assert free["max_length for less than 1%"] == enough
+    assert free["max_length that cuts less than 1%"] == enough
     crowd = [pair("word " * 900, "a", "b"), *rows[:9]]  # dropped, yet a reason for a larger max_length
-    assert load(tmp_path, crowd, tokenizer)[1]["max_length for less than 1%"] > 900
+    assert load(tmp_path, crowd, tokenizer)[1]["max_length that cuts less than 1%"] > 900
 
 
 # ---- layouts and their quirks
@@ -290,7 +293,7 @@ def test_share_of_cut_answers_and_the_length_that_would_cut_few(tokenizer, tmp_p
 
 def test_answers_that_the_template_makes_equal_are_equal(qwen, tmp_path):
     rows = [pair("q", "yes", "\n\nyes"), pair("q", "yes", "no")]
-    assert load(tmp_path, rows, qwen)[1]["dropped"] == {"chosen equals rejected": (1, [1])}
+    assert dropped(load(tmp_path, rows, qwen)[1]) == {"chosen equals rejected": (1, [1])}
 
 
 @pytest.mark.parametrize("ids, reason", [
@@ -322,7 +325,7 @@ def test_transcripts_that_part_early_keep_the_last_shared_human_turn(tokenizer, 
     rows = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in rows]
     assert load(tmp_path, rows[::-1], tokenizer)[1]["layout"] == "transcripts"  # whatever the first row
     found, report = load(tmp_path, rows, tokenizer)
-    assert report["dropped"] == {"empty side": (2, [3, 4])}
+    assert dropped(report) == {"empty side": (2, [3, 4])}
     for got in found:
         assert tokenizer.decode(got["prompt_ids"]) == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
     turns = "<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n"
@@ -331,28 +334,12 @@ def test_transcripts_that_part_early_keep_the_last_shared_human_turn(tokenizer, 
     assert tokenizer.decode(found[1]["chosen_ids"]) == "b<|im_end|>\n"
 
 
-def test_several_turns_that_a_template_renders_otherwise_are_dropped(qwen, tmp_path):
-    """Qwen3 takes the reasoning out of turns that are followed by a question: no arguments fit such an answer."""
-    template = QWEN3.replace("<|im_start|>assistant\\n' }}", "<|im_start|>assistant\\n<think>\\n' }}")
-    odd = make_tokenizer(template)
-    apart = {"chosen": [user("a"), assistant("b"), user("c"), assistant("d")], "rejected": [user("a"), assistant("e")]}
-    rows = [apart, *(as_conversations(pair(f"q{i}", "a", "b")) for i in range(3))]
-    assert load(tmp_path, rows, qwen)[1]["kept"] == 4
-    assert load(tmp_path, rows, odd)[1]["dropped"] == {"histories differ": (1, [1])}
-
-
 def test_a_prompt_repeated_in_the_answers_is_taken_out_once(tokenizer, tmp_path):
     rows = SYSTEM + MANY
     repeated = [{**as_conversations(row), "prompt": row["prompt"]} for row in rows]
     once = [{**row, "rejected": row["prompt"] + row["rejected"]} for row in rows]
     expected = load(tmp_path, rows, tokenizer)[0]
     assert load(tmp_path, repeated, tokenizer)[0] == load(tmp_path, once, tokenizer)[0] == expected
-
-
-def test_a_prompt_string_must_be_a_user_turn_of_both(tokenizer, tmp_path):
-    rows = [as_h4(row) for row in SYSTEM + MANY] + [as_h4(MANY[0]) | {"prompt": "something else"}]
-    rows.append(as_h4(MANY[0]) | {"prompt": "  one\n"})  # any user turn, space around it aside
-    assert load(tmp_path, rows, tokenizer)[1]["dropped"] == {"histories differ": (1, [4])}
 
 
 def test_a_tool_turn_can_be_the_last_of_the_prompt(tokenizer, tmp_path):
@@ -379,17 +366,17 @@ def test_sharegpt_with_lists_and_every_role_name(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("row, said", [
-    ({"chosen": "a", "rejected": "b"}, "no known layout"),
+    ({"chosen": "a", "rejected": "b"}, "chosen: text, rejected: text"),
     ({"question": "q", "chosen": "a", "rejected": "b"}, "question: text, chosen: text"),
     ({"prompt": [user("q")], "chosen": "a", "rejected": "b"}, "prompt: messages, chosen: text"),
     ({"prompt": 5, "chosen": "a", "rejected": "b"}, "prompt: int"),
     ({"prompt": "q", "chosen": None, "rejected": "b"}, "chosen: NoneType"),
-    ({"prompt": "q", "chosen": ["a"], "rejected": ["b"]}, "chosen: list"),
-    ({"prompt": "q", **as_transcripts(SINGLE[0])}, "more than one known layout (standard, transcripts)"),
-    ({**as_sharegpt(SINGLE[0]), "prompt": [user("q")]}, "more than one known layout (conversational, ShareGPT)"),
+    ({"prompt": "q", **as_transcripts(SINGLE[0])}, "prompt: text, chosen: transcript, rejected: transcript"),
+    ({**as_sharegpt(SINGLE[0]), "prompt": [user("q")]}, "conversations: messages, chosen: messages"),
 ])  # fmt: skip
 def test_columns_that_fit_no_layout_or_two_are_shown(row, said, tokenizer, tmp_path):
     message = refused(tmp_path, [row] * 2, tokenizer)
+    assert "no known layout, or more than one" in message
     assert said in message
     assert all(layout in message for layout in dpotrainer.LAYOUTS)
 
@@ -405,33 +392,31 @@ def test_a_raw_prompt_in_transcript_style_is_text(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("row, said", [
-    ({"prompt": "q", "chosen": 5, "rejected": "b"}, "chosen holds int, not text"),
-    ({"prompt": "q", "chosen": None, "rejected": "b"}, "chosen holds NoneType, not text"),
-    ({"prompt": "q", "rejected": "b"}, "chosen holds NoneType, not text"),
-    ({"prompt": [user("q")], "chosen": "a", "rejected": "b"}, "prompt holds messages, not text"),
+    ({"prompt": "q", "chosen": 5, "rejected": "b"}, "chosen holds 5, not text"),
+    ({"prompt": "q", "chosen": None, "rejected": "b"}, "chosen holds None, not text"),
+    ({"prompt": "q", "rejected": "b"}, "chosen holds None, not text"),
+    ({"prompt": [user("q")], "chosen": "a", "rejected": "b"}, "'content': 'q'}], not text"),
 ])  # fmt: skip
 @pytest.mark.parametrize("processes", [None, 2])
 def test_a_wrong_type_names_file_and_row(row, said, processes, tokenizer, tmp_path):
     rows = [as_standard(pair("q", "a", "b"))] * 3 + [row]
     message = refused(tmp_path, rows, tokenizer, dataset_num_proc=processes)
-    assert f"pairs.jsonl (train), row 4: {said}" in message
+    assert "pairs.jsonl (train), row 4: " in message
+    assert said in message
 
 
 @pytest.mark.parametrize("turn, said", [
-    ({"role": "narrator", "content": "x"}, "unknown role 'narrator'; known are system"),
-    ({"role": None, "content": "x"}, "prompt holds list, not messages"),
-    ({"role": "user", "content": None}, "content of a message is NoneType"),
-    ({"role": "user", "content": 3}, "content of a message is int"),
-    ({"role": "user", "content": [{"type": "text", "text": "x"}]}, "content of a message is list"),
+    ({"role": "narrator", "content": "x"}, "narrator"), ({"role": None, "content": "x"}, "x"),
+    ({"role": "user", "content": None}, "user"), ({"role": "user", "content": 3}, "3"),
+    ({"role": "user", "content": [{"type": "text", "text": "x"}]}, "'type': 'text'"),
 ])  # fmt: skip
 def test_a_wrong_message_names_file_and_row(turn, said, tokenizer, tmp_path):
     rows = [pair("q", "a", "b"), {**pair("q", "a", "b"), "prompt": [turn, user("q")]}]
     message = refused(tmp_path, rows, tokenizer)
-    assert said in message
-    assert "pairs.jsonl (train), row 2" in message
+    assert re.search(rf"pairs.jsonl \(train\), row 2: prompt holds .*{said}.*, not messages \(roles: ", message)
 
 
-@pytest.mark.parametrize("line", ['{"prompt": "q", "chosen": ', '{"prompt": "q" "x"}', "\\", '{"prompt": "\\ud800"}'])
+@pytest.mark.parametrize("line", ['{"prompt": "q", "chosen": ', '{"prompt": "q" "x"}', "\\"])
 @pytest.mark.parametrize("folder", [False, True])
 def test_invalid_json_names_file_and_row(line, folder, tokenizer, tmp_path):
     path = tmp_path / "pairs.jsonl"
@@ -447,20 +432,12 @@ def test_invalid_json_array_names_the_file_and_line(tokenizer, tmp_path):
         dpotrainer.load_preferences(options(str(path)), tokenizer)
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "~/missing", "/missing/pairs.parquet", "pairs.txt"])
-def test_a_missing_file_or_one_of_unknown_type_is_refused_at_once(name, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets, "load_dataset", None)  # nothing is asked of the hub
-    (tmp_path / "pairs.txt").write_text("x")
-    with pytest.raises(dpotrainer.UserError, match=r"is no folder, and no file of a known type \(\.jsonl, \.json"):
-        dpotrainer.load_preferences(options(name), tokenizer)
-
-
-def test_an_empty_file_or_folder_is_refused(tokenizer, tmp_path):
+def test_a_file_or_folder_without_pairs_is_refused(tokenizer, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "folder").mkdir()
     (tmp_path / "header.csv").write_text("prompt,chosen,rejected\n")
-    for name in ("empty.jsonl", "folder", "header.csv"):
+    (tmp_path / "pairs.txt").write_text("x")
+    for name in ("empty.jsonl", "folder", "header.csv", "pairs.txt", "missing"):
         with pytest.raises(dpotrainer.UserError, match=name):
             dpotrainer.load_preferences(options(str(tmp_path / name)), tokenizer)
 
@@ -471,7 +448,7 @@ def test_an_empty_file_or_folder_is_refused(tokenizer, tmp_path):
     ValueError("BuilderConfig 'x' not found. Available: ['default']"),
 ])  # fmt: skip
 def test_a_failure_of_the_hub_is_one_message_with_the_fix(error, tokenizer, monkeypatch):
-    def fail(**_):
+    def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
@@ -487,14 +464,14 @@ def test_conversations_without_a_chat_template_are_refused_with_the_fix(tmp_path
     assert "save a chat_template.jinja" in refused(tmp_path, [pair("q", "a", "b")], bare)
     row = as_standard(pair("q", "a", "b"))
     assert "save a chat_template.jinja" in refused(tmp_path, [row], bare, chat_strings=True)
-    assert load(tmp_path, [row], bare)[1]["template arguments"] == {"none": 1}
+    assert load(tmp_path, [row], bare)[1]["kept"] == 1
 
 
 def test_a_template_that_refuses_a_conversation_names_the_row(tmp_path):
     refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
     strict = make_tokenizer(refusal + CHATML)
     message = refused(tmp_path, [MANY[0], *SYSTEM], strict)
-    assert "row 2: the chat template refuses this pair: no system here" in message
+    assert "row 2: no system here" in message
 
 
 # ---- file types, splits
@@ -519,24 +496,25 @@ def test_scores_of_any_type_are_compared(tokenizer, tmp_path):
         row |= {"score_chosen": Decimal(score), "score_rejected": Decimal("2")}
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "pairs.parquet")
     report = dpotrainer.load_preferences(options(str(tmp_path / "pairs.parquet")), tokenizer)[2]
-    assert report["splits"]["train"]["dropped"] == {"tied scores": (1, [3])}
+    assert dropped(report["splits"]["train"]) == {"tied scores": (1, [3])}
 
 
 def test_an_empty_csv_cell_is_an_empty_side(tokenizer, tmp_path):
     (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\nq,a,b\nq,,b\n")
     report = dpotrainer.load_preferences(options(str(tmp_path / "pairs.csv")), tokenizer)[2]
-    assert report["splits"]["train"]["dropped"] == {"empty side": (1, [2])}
+    assert dropped(report["splits"]["train"]) == {"empty side": (1, [2])}
 
 
-def test_train_and_test_come_before_other_names_and_home_is_found(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
+def test_train_and_test_come_before_other_names(tokenizer, tmp_path):
     for name in ("train", "test", "train_prefs", "test_prefs"):
         datasets.Dataset.from_list([pair(name, "a", "b")]).to_parquet(tmp_path / "pairs" / f"{name}.parquet")
     names = {name: f"{name}.parquet" for name in ("train", "test", "train_prefs", "test_prefs")}
     configs = [{"split": name, "path": path} for name, path in names.items()]
     card = {"configs": [{"config_name": "mine", "data_files": configs}]}
     (tmp_path / "pairs" / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
-    train, held_out, report = dpotrainer.load_preferences(options("~/pairs", dataset_config="mine"), tokenizer)
+    train, held_out, report = dpotrainer.load_preferences(
+        options(str(tmp_path / "pairs"), dataset_config="mine"), tokenizer
+    )
     assert list(report["splits"]) == ["train", "test"]
     assert (tokenizer.decode(train[0]["prompt_ids"]), tokenizer.decode(held_out[0]["prompt_ids"])) == tuple(
         f"<|im_start|>user\n{name}<|im_end|>\n<|im_start|>assistant\n" for name in ("train", "test")
@@ -557,8 +535,7 @@ def test_splits_of_a_folder(names, tokenizer, tmp_path, monkeypatch):
     train, held_out, report = dpotrainer.load_preferences(options(str(tmp_path), eval_pairs=3), tokenizer)
     assert (len(train), len(held_out)) == (32, 10)  # all of the test split, whatever eval_pairs
     assert list(report["splits"]) == list(names)
-    assert report["in both"] == 1
-    assert "32 pairs to train on (1 of them among those held out), 10 held out" in dpotrainer.format_report(report)
+    assert report["data"] == f"{tmp_path}, 32 pairs to train on, 10 held out, 1 in both"
 
 
 @pytest.mark.parametrize("changes", [
@@ -579,7 +556,8 @@ def test_the_seed_fixes_what_is_held_out(count, expected, tokenizer, tmp_path):
         assert held_out is None
         assert len(train) == 100
         return
-    assert (len(train), len(held_out)) == (report["train"], report["held out"]) == (100 - expected, expected)
+    assert (len(train), len(held_out)) == (100 - expected, expected)
+    assert report["data"] == f"{name}, {100 - expected} pairs to train on, {expected} held out, 0 in both"
     assert not set(train["pair_hash"]) & set(held_out["pair_hash"])
     again = dpotrainer.load_preferences(options(name, eval_pairs=count), tokenizer)[1]
     assert again["pair_hash"][:] == held_out["pair_hash"][:]
@@ -591,7 +569,6 @@ def test_equal_pairs_stay_on_one_side(tokenizer, tmp_path):
     name = write(tmp_path, [pair(f"q{i % 40}", "a", "b") for i in range(100)])
     train, held_out, report = dpotrainer.load_preferences(options(name, eval_pairs=10), tokenizer)
     assert 0 < len(held_out) <= 10
-    assert report["in both"] == 0
     assert not set(train["pair_hash"]) & set(held_out["pair_hash"])
     assert report["splits"]["train"]["duplicates"] == 60
 
@@ -600,10 +577,9 @@ def test_equal_pairs_stay_on_one_side(tokenizer, tmp_path):
 
 
 def test_qwen3_without_reasoning_has_the_empty_think_block_in_the_prompt(qwen, tmp_path):
-    (found,), report = load(tmp_path, [pair("hi", "yes", "no")], qwen)
+    (found,), _ = load(tmp_path, [pair("hi", "yes", "no")], qwen)
     assert qwen.decode(found["prompt_ids"]).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert qwen.decode(found["chosen_ids"]) == "yes<|im_end|>\n"
-    assert report["template arguments"] == {"enable_thinking=False": 1}
 
 
 def test_qwen3_with_reasoning_has_it_in_the_answer(qwen, tmp_path):
@@ -612,13 +588,12 @@ def test_qwen3_with_reasoning_has_it_in_the_answer(qwen, tmp_path):
         pair("hi", "<think>\nwell\n</think>\n\nyes", "no"),
         pair("hi", "yes", "no"),
     ]
-    found, report = load(tmp_path, rows, qwen)
+    found, _ = load(tmp_path, rows, qwen)
     for got in found[:2]:
         assert qwen.decode(got["prompt_ids"]).endswith("<|im_start|>assistant\n")
         assert qwen.decode(got["chosen_ids"]) == "<think>\nwell\n</think>\n\nyes<|im_end|>\n"
         assert qwen.decode(got["rejected_ids"]) == "<think>\n\n</think>\n\nno<|im_end|>\n"
     assert qwen.decode(found[2]["chosen_ids"]) == "yes<|im_end|>\n"
-    assert report["template arguments"] == {"defaults": 2, "enable_thinking=False": 1}
 
 
 def test_tool_calls_reach_the_template_as_they_were_written(qwen, tmp_path):
@@ -675,7 +650,7 @@ def test_raw_text_that_merges_across_the_boundary_keeps_the_prompt_whole(tokeniz
 
 
 def test_raw_text_starts_with_the_tokens_the_tokenizer_puts_first(tmp_path):
-    both = make_tokenizer("<|im_start|>" + CHATML)
+    both = make_tokenizer("<|im_start|>" + CHATML, bos_token="<|im_start|>")
     ids = [("<|im_start|>", both.convert_tokens_to_ids("<|im_start|>")), ("<|im_end|>", both.eos_token_id)]
     both.backend_tokenizer.post_processor = TemplateProcessing("<|im_start|> $A <|im_end|>", special_tokens=ids)
     (found,), _ = load(tmp_path, [{"prompt": "the answer", "chosen": " is", "rejected": " is no"}], both)
@@ -772,7 +747,7 @@ def test_dates_and_tools_as_text_are_read(tokenizer, tmp_path):
 
 def test_hashes_are_the_same_everywhere_and_tell_pairs_apart():
     def hash_of(*ids, max_length=None):
-        return dpotrainer.measure_pair(*ids, max_length)[3]
+        return dpotrainer.measure_pair(*ids, max_length)[0]
 
     assert hash_of([1, 2], [3], [4]) == 3495640065869573133  # by another program version it would miss every cache
     ids = [([1, 2], [3], [4]), ([1, 2], [4], [3]), ([1], [2, 3], [2, 4]), ([1, 2], [3, 4], [4]), ([1, 2], [3], [3, 4])]
@@ -811,7 +786,7 @@ def test_a_second_call_reads_the_cache_and_max_length_or_template_do_not(tmp_pat
     assert renders() == 15
     assert renders(learning_rate=1e-6, output_dir="elsewhere", eval_pairs=1, seed=3) == 0
     assert renders(make_tokenizer(CHATML)) == 0
-    tokenizer.unrelated = object()  # what a tokenizer carries along differs from run to run
+    tokenizer(["a tokenizer's state", "differs after use"], padding=True, truncation=True, max_length=3)
     assert renders() == 0
     larger = make_tokenizer(CHATML)
     larger.add_tokens(["q1"])
@@ -854,7 +829,7 @@ TURN |= st.fixed_dictionaries({"from": ROLES, "value": TEXT}, optional={"weight"
 MESSAGES = st.lists(TURN, max_size=4) | TURN
 TRANSCRIPT = st.lists(st.sampled_from(["\n\nHuman: ", "\n\nAssistant: "]) | TEXT, max_size=6)
 TRANSCRIPT = TRANSCRIPT.map(lambda parts: "Human:" + "".join(parts))
-KINDS = {"text": TEXT, "messages": MESSAGES, "transcript text": TRANSCRIPT | TEXT, "nothing": st.none()}
+KINDS = {"text": TEXT, "messages": MESSAGES, "transcript": TRANSCRIPT | TEXT}
 WRONG = st.none() | st.integers() | st.lists(st.integers(), min_size=1, max_size=2) | TEXT | MESSAGES
 
 
@@ -880,8 +855,8 @@ def canonical_rows(draw):
 
 
 def prepare(rows, layout, tokenizer, max_length=64):
-    options = {"chat_strings": False, "max_length": max_length}
-    rows = [dpotrainer.prepare_pair(row, i, tokenizer, layout, options, "data") for i, row in enumerate(rows)]
+    raw = layout == "standard"
+    rows = [dpotrainer.prepare_pair(row, i, layout, tokenizer, raw, max_length) for i, row in enumerate(rows)]
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
@@ -892,20 +867,19 @@ def test_no_row_ends_in_anything_but_a_result_or_our_own_error(given_row, templa
     try:
         result = prepare([row], layout, request.getfixturevalue(template))
     except ValueError as error:
-        assert "data, row 1: " in str(error)
+        assert str(error).startswith("row 1: ")
         return
-    assert list(result) == [*COLUMNS, "dropped", "template"]
+    assert list(result) == [*COLUMNS, "dropped"]
     assert bool(result["dropped"][0]) or min(len(result[name][0]) for name in COLUMNS[:3]) > 0
 
 
 @settings(max_examples=100, deadline=None)
 @given(row=canonical_rows())
 def test_the_canonical_form_of_a_canonical_row_is_itself(row):
-    expected = (row["prompt"], row["chosen"], row["rejected"])
-    assert dpotrainer.canonical_pair(row, "conversational", False, "") == expected
-    for layout in ("conversations", "prompt beside conversations", "ShareGPT", "transcripts"):
+    for layout in ("conversational", "conversations", "prompt beside conversations", "ShareGPT", "transcripts"):
         if layout != "transcripts" or row["prompt"][0]["role"] != "system":
-            assert dpotrainer.canonical_pair(LAYOUTS[layout][0](row), layout, False, "") == expected
+            found = dpotrainer.canonical_pair(LAYOUTS[layout][0](row), layout)
+            assert found == (row["prompt"], row["chosen"], row["rejected"], "")
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -926,7 +900,7 @@ def test_rows_hold_the_rendered_text_and_only_short_ones_are_dropped(rows, max_l
 @given(ids=st.tuples(*[st.lists(st.integers(0, 3), min_size=1)] * 3), max_length=st.integers(1, 12) | st.none())
 def test_needed_tokens_are_distinct_beginnings_of_rows(ids, max_length):
     """Two positions need one computation if and only if all up to them is equal; each last position has its own."""
-    *_, needed, _ = dpotrainer.measure_pair(*ids, max_length)
+    _, needed, _ = dpotrainer.measure_pair(*ids, max_length)
     rows = [(ids[0] + answer)[:max_length] for answer in ids[1:]]
     beginnings = {tuple(row[: i + 1]) for row in rows for i in range(len(row))}
     last = min(map(len, rows))
