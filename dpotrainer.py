@@ -62,7 +62,6 @@ from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -173,6 +172,8 @@ RULES = (  # setting, when its value v is wrong beside all settings s, why, and 
     ("merge", lambda v, s: v and (s.load_in_4bit or s.load_in_8bit), "needs a bf16 base; README, 'Merging', says how"),
     ("precompute_ref_log_probs", lambda v, s: v and (is_sharded() or s.fsdp or s.deepspeed),
      "needs a model in one piece; leave it out"),
+    ("fresh_adapter", lambda v, s: v and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3",
+     "cannot be merged while ZeRO-3 shards its base; use fsdp2.yaml, or merge it first"),
     ("train_sampling_strategy", lambda v, s: v not in ("random", "sequential"), "weighs pairs unequally; random"),
     ("truncation_mode", lambda v, s: v != "keep_start", "would cut prompts; keep_start"),
     ("eval_do_concat_batches", lambda v, s: not v, "breaks the exact evaluation; leave it out"),
@@ -638,57 +639,59 @@ def load_start(s: argparse.Namespace) -> argparse.Namespace:
     if adapter and adapter.is_prompt_learning:
         raise UserError(f"{name} is a prompt-learning adapter; start from its base, or from a LoRA")
     base, pinned = (adapter.base_model_name_or_path, adapter.revision) if adapter else (name, revision)
-    config = transformers.AutoConfig.from_pretrained(base, revision=pinned, trust_remote_code=False)
+    try:
+        config = transformers.AutoConfig.from_pretrained(base, revision=pinned, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        fix = "check its spelling and the network; a gated or private one needs `hf auth login`; no pickled weights"
+        raise UserError(f"{base} cannot be read: {str(error).strip().splitlines()[0]}; {fix}") from error
     bare = os.path.isdir(name) and not Path(name, "tokenizer_config.json").exists()
     source, revision = (base, pinned) if bare else (name, revision)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     tokenizer.pad_token = s.pad_token or tokenizer.pad_token or tokenizer.eos_token
     continues = bool(adapter) and not s.fresh_adapter
     kind = "adapter" if continues and s.reference == "auto" else s.reference
-    told = {"auto": f"the policy with its adapter switched off{' (base and SFT adapter, merged)' * s.fresh_adapter}",
-            "copy": f"a second, frozen model ({s.ref_model_name_or_path or name})",
-            "adapter": f"a frozen copy of the starting adapter ({name})"}  # fmt: skip
+    told = {"auto": "the policy with its adapter switched off", "adapter": "a frozen copy of the starting adapter",
+            "copy": f"a second, frozen model ({s.ref_model_name_or_path or name})"}  # fmt: skip
     return argparse.Namespace(
-        base=base, adapter=adapter and name, adapter_file=adapter_file, continues=continues, tokenizer=tokenizer,
-        config=config, reference=kind, told=told[kind],
+        base=base, config=config, tokenizer=tokenizer, adapter=adapter and name, adapter_file=adapter_file,
+        continues=continues, reference=kind, told=told[kind],
     )  # fmt: skip
 
 
-def load_model(s, args, name: str, trainable: bool = False):
-    """The causal LM, on this process's one device; an adapter on top of its base, or merged into it."""
+def load_model(s, args, name: str, trainable: bool = False) -> tuple:
+    """(The model, or an adapter on top of its base, on this process's one device; the causal LM in it)."""
     revision = s.model_revision if name == s.model_name_or_path else None
-    kind, adapter = transformers.AutoModelForCausalLM, find_adapter_config_file(name, revision=revision)
     options = {"dtype": s.dtype, "attn_implementation": s.attn_implementation, "trust_remote_code": False,
                "use_safetensors": True, "quantization_config": trl.get_quantization_config(s)}  # fmt: skip
     options |= {"device_map": {"": args.device}} if args.device.type == "cuda" and not is_sharded() else {}
+    kind, adapter = transformers.AutoModelForCausalLM, find_adapter_config_file(name, revision=revision)
     if adapter:
         kind, options["is_trainable"] = peft.AutoPeftModelForCausalLM, trainable
-        if not trainable and is_deepspeed_zero3_enabled():
-            raise UserError(f"{name}: cannot be merged while ZeRO-3 shards its base; use fsdp2.yaml, or merge first")
     model = kind.from_pretrained(name, revision=revision, **options)
     causal_lm = model.get_base_model() if adapter else model
     if why_not_shared(causal_lm, s) is None:
         share_prefixes(causal_lm)
-    return model.merge_and_unload() if adapter and not trainable else model
+    return model, causal_lm
 
 
 def build_trainer(s, args, start, train, held_out) -> "PreferenceTrainer":
     """Policy, reference and pairs in a trainer; without `ref_model` it switches the adapter off, or copies it."""
     transformers.set_seed(s.seed)
-    policy = load_model(s, args, s.model_name_or_path, trainable=start.continues)
-    second = start.reference == "copy"
-    reference = load_model(s, args, s.ref_model_name_or_path or s.model_name_or_path) if second else None
+    policy, causal_lm = load_model(s, args, s.model_name_or_path, trainable=start.continues)
+    other = s.ref_model_name_or_path or s.model_name_or_path
+    reference = load_model(s, args, other)[1] if start.reference == "copy" else None
     lora = None if start.continues else replace(trl.get_peft_config(s), revision=s.model_revision)
-    if s.fresh_adapter:  # whose base is the merged model
+    if s.fresh_adapter:  # its base is the merged model
+        policy = policy.merge_and_unload()
         policy.name_or_path = f"{s.output_dir}/base"
         for part in (policy, start.tokenizer) if is_main() else ():
             part.save_pretrained(policy.name_or_path)
-    shared = {model.config._attn_implementation for model in (policy, reference) if model} == {"shared_prefixes"}
+    shared = {model.config._attn_implementation for model in (causal_lm, reference) if model} == {"shared_prefixes"}
     trainer = PreferenceTrainer(
         policy, reference, args, PreferenceCollator(start.tokenizer.pad_token_id, s.max_length, share_prefixes=shared),
         train, held_out, start.tokenizer, compute_metrics=pair_metrics, peft_config=lora,
     )  # fmt: skip
-    trainer.precompute_ref_logps = True  # each batch brings them
+    trainer.precompute_ref_logps = True  # every batch brings them
     if not is_sharded():  # TRL makes QLoRA's bf16, which rounds most steps of a learning rate of 5e-6 away
         cast_adapter_dtype(trainer.model, "default")
     for module in trainer.model.modules():
@@ -700,10 +703,9 @@ def build_trainer(s, args, start, train, held_out) -> "PreferenceTrainer":
 
 
 class BalancedSampler(SeedableRandomSampler):
-    """Random order, each optimizer step's pairs dealt out so that its forward passes have alike much to do.
+    """Random order; the pairs of an optimizer step, which stay the same, make passes that have alike much to do.
 
-    Which pairs make a step stays as it was, and so does its gradient (but for aot, aot_unpaired and sft, which look at
-    all pairs of a pass); but no process waits long for another, and no pass needs much more memory than the others.
+    No process waits long for another, and the gradient is the same, but for losses that look at a whole pass (aot, sft).
     """
 
     def __init__(self, needed: np.ndarray, size: int, passes: int, **options):
@@ -1292,9 +1294,7 @@ FAULTS = (  # kind and words of a library's error; exit status, 2 being a mistak
      "a file could not be written, older checkpoints are untouched: make room and run the same command again"),
     (KeyboardInterrupt, "", 130, "interrupted before training began; the same command starts again"),
     (Timeout, r"/\.lock'", 2, "output_dir: another run is writing there; wait, or choose another"),
-    (OSError, "", 2, "a model cannot be read: check its spelling, and the network; a gated or private one needs "
-     "`hf auth login`, and its licence; weights must be safetensors, as pickled ones can run code"),
-    ((ValueError, TypeError, ImportError, NotImplementedError), "", 2, "settings"),
+    ((OSError, ValueError, TypeError, ImportError, NotImplementedError), "", 2, "settings"),
 )  # fmt: skip
 
 
