@@ -703,9 +703,9 @@ def build_trainer(s, args, start, train, held_out) -> "PreferenceTrainer":
 
 
 class BalancedSampler(SeedableRandomSampler):
-    """Random order; the pairs of an optimizer step, which stay the same, make passes that have alike much to do.
+    """Random order, in which the forward passes of an optimizer step have alike much to do: no process waits long.
 
-    No process waits long for another, and the gradient is the same, but for losses that look at a whole pass (aot, sft).
+    The pairs of the step stay the same, and so does its gradient, but for losses that see a whole pass (aot, sft).
     """
 
     def __init__(self, needed: np.ndarray, size: int, passes: int, **options):
@@ -716,10 +716,10 @@ class BalancedSampler(SeedableRandomSampler):
         order, step = np.array(list(super().__iter__())), self.size * self.passes
         for pairs in np.split(order, range(step, len(order), step)):
             if len(pairs) == step:  # accelerate gives pass k to process k mod their number
-                largest, *rows = pairs[np.argsort(-self.needed[pairs])].reshape(self.size, self.passes)
-                hands = largest[:, None]
-                for row in rows:  # the largest to who has least so far
-                    hands = np.c_[hands[np.argsort(self.needed[hands].sum(1))], row]
+                ranked = pairs[np.argsort(-self.needed[pairs], kind="stable")].reshape(self.size, self.passes)
+                hands = ranked[:1].T
+                for row in ranked[1:]:  # the largest to who has least so far
+                    hands = np.c_[hands[np.argsort(self.needed[hands].sum(1), kind="stable")], row]
                 pairs = hands.flatten()
             yield from pairs.tolist()
 
@@ -733,9 +733,9 @@ class PreferenceTrainer(trl.DPOTrainer):
     def get_train_dataloader(self):
         loader, args = super().get_train_dataloader(), self.args
         if self.data_collator.share_prefixes and args.train_sampling_strategy == "random":
-            needed, passes = self.train_dataset["needed_tokens"], args.gradient_accumulation_steps * args.world_size
-            options = {"size": args.per_device_train_batch_size, "data_seed": loader.get_sampler().initial_seed}
-            loader.set_sampler(BalancedSampler(np.array(needed), passes=passes, **options))
+            needed, seed = np.array(self.train_dataset["needed_tokens"]), loader.get_sampler().initial_seed
+            passes = args.gradient_accumulation_steps * args.world_size
+            loader.set_sampler(BalancedSampler(needed, args.per_device_train_batch_size, passes, data_seed=seed))
         return loader
 
     def _prepare_inputs(self, inputs):
@@ -782,12 +782,12 @@ class PreferenceTrainer(trl.DPOTrainer):
         inputs = self._prepare_inputs(inputs)
         *logps, output = self.pair_logps(model, inputs)
         chosen, rejected = (self.beta * (logps[i] - logps[i + 2]) for i in range(2))
-        rows = {name: value.unflatten(0, (-1, len(chosen)))  # B or 2B of them
+        rows = {name: value.unflatten(0, (-1, len(chosen)))  # (1 or 2, B, ...)
                 for name, value in (inputs | output).items() if torch.is_tensor(value) and value.ndim}  # fmt: skip
         losses = []
         for i in range(len(chosen)):
             pair = {name: value[:, i] for name, value in rows.items()}
-            pair |= {"aux_loss": chosen.new_zeros(())}  # a router's is of a batch, not of a pair
+            pair["aux_loss"] = chosen.new_zeros(())  # a router's is of a batch, not of a pair
             losses.append(self._compute_loss(lambda pair=pair, **_: argparse.Namespace(**pair), pair, False).detach())
         self._metrics["eval"].clear()
         scores = torch.stack([torch.stack(losses), chosen, rejected, *logps[:2]], dim=1)
