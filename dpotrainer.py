@@ -636,8 +636,6 @@ def load_start(s: argparse.Namespace) -> argparse.Namespace:
     adapter = peft.PeftConfig.from_pretrained(name, revision=revision) if adapter_file else None
     if not adapter and (s.reference == "adapter" or s.fresh_adapter):
         raise UserError(f"{name} is no adapter; leave `reference: adapter` and `fresh_adapter` out")
-    if adapter and adapter.is_prompt_learning:
-        raise UserError(f"{name} is a prompt-learning adapter; start from its base, or from a LoRA")
     base, pinned = (adapter.base_model_name_or_path, adapter.revision) if adapter else (name, revision)
     try:
         config = transformers.AutoConfig.from_pretrained(base, revision=pinned, trust_remote_code=False)
@@ -652,10 +650,8 @@ def load_start(s: argparse.Namespace) -> argparse.Namespace:
     kind = "adapter" if continues and s.reference == "auto" else s.reference
     told = {"auto": "the policy with its adapter switched off", "adapter": "a frozen copy of the starting adapter",
             "copy": f"a second, frozen model ({s.ref_model_name_or_path or name})"}  # fmt: skip
-    return argparse.Namespace(
-        base=base, config=config, tokenizer=tokenizer, adapter=adapter and name, adapter_file=adapter_file,
-        continues=continues, reference=kind, told=told[kind],
-    )  # fmt: skip
+    return argparse.Namespace(base=base, config=config, tokenizer=tokenizer, adapter=adapter and name, told=told[kind],
+                              adapter_file=adapter_file, continues=continues, reference=kind)  # fmt: skip
 
 
 def load_model(s, args, name: str, trainable: bool = False) -> tuple:
@@ -821,9 +817,8 @@ def pair_metrics(scores) -> dict[str, float]:
     names = ["loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"]
     pairs = pd.DataFrame(scores.predictions, columns=names, dtype=float)
     pairs["rewards/margins"] = pairs["rewards/chosen"] - pairs["rewards/rejected"]
-    n, p, z = len(pairs), float((pairs["rewards/margins"] > 0).mean()), 1.96
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = ((centre + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    p, spread = float((pairs["rewards/margins"] > 0).mean()), 1.96**2 / len(pairs)
+    low, high = sorted(np.roots([1 + spread, -2 * p - spread, p * p]).tolist())  # (q - p)^2 = spread * q * (1 - q)
     accuracies = {"": p, "_low": min(low, p), "_high": max(high, p)}
     return pairs.mean().to_dict() | {f"rewards/accuracies{end}": value for end, value in accuracies.items()}
 

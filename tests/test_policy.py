@@ -17,7 +17,7 @@ import tiny
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from matplotlib.figure import Figure
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -615,9 +615,11 @@ def test_the_base_that_an_adapter_pins_is_the_one_that_is_loaded(sft, data, tmp_
     assert asked[config["base_model_name_or_path"]] == "v2"
 
 
-def test_a_prompt_learning_adapter_is_refused(sft, data, tmp_path, capsys):
-    prompts = shutil.copytree(sft, tmp_path / "prompts")
-    config = json.loads((prompts / "adapter_config.json").read_text())
-    (prompts / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "PROMPT_TUNING"}))
-    assert dpotrainer.main(tiny.settings(prompts, data, tmp_path / "out")) == 2
-    assert "is a prompt-learning adapter" in capsys.readouterr().err and not (tmp_path / "out").exists()
+def test_a_prompt_learning_adapter_is_refused(base, data, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")).save_pretrained(
+        tmp_path / "a"
+    )
+    assert dpotrainer.main(tiny.settings(tmp_path / "a", data, tmp_path / "out")) == 2
+    assert "Cannot set a prompt learning adapter to trainable" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
