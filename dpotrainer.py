@@ -33,11 +33,10 @@ import shutil
 import signal
 import sys
 import time
-import uuid
 import warnings
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,19 +51,21 @@ import torch.nn.functional as F
 import transformers
 import trl
 import yaml
+from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HOME
 from matplotlib.figure import Figure
+from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import set_zero3_state
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl.data_utils import common_prefix_length
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -151,6 +152,7 @@ RANGES = {  # setting: lowest, highest, usual
     "per_device_eval_batch_size": (1, 1e6, 4), "gradient_accumulation_steps": (1, 1e6, 1),
     "max_grad_norm": (0, 1e9, 1), "sample_prompts": (0, 1e6, 8), "logging_steps": (1e-6, 1e9, 10),
     "eval_steps": (1e-6, 1e9, 100), "save_steps": (1e-6, 1e9, 100),
+    "save_total_limit": (2, 1e9, 2),  # the older one goes before the new one is known to be whole
 }
 PATHS = ("model_name_or_path", "dataset_name", "ref_model_name_or_path", "output_dir")
 LOCAL = r"^$|^[./~]|/.*/|\.(jsonl?|parquet|csv)$"  # what else names a model or a data set is the hub's owner/name
@@ -169,6 +171,8 @@ RULES = (  # setting, when its value v is wrong beside all settings s, why, and 
     ("merge", lambda v, s: v and (s.load_in_4bit or s.load_in_8bit), "needs a bf16 base; README, 'Merging', says how"),
     *((name, lambda v, s: v and (is_sharded() or s.fsdp or s.deepspeed), "needs a model in one piece; leave it out")
       for name in ("precompute_ref_log_probs", "merge")),
+    ("fresh_adapter", lambda v, s: v and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3",
+     "cannot be merged while ZeRO-3 shards its base; use fsdp2.yaml, or merge it first"),
     ("train_sampling_strategy", lambda v, s: v not in ("random", "sequential"), "weighs pairs unequally; random"),
     ("truncation_mode", lambda v, s: v != "keep_start", "would cut prompts; keep_start"),
     ("eval_do_concat_batches", lambda v, s: not v, "breaks the exact evaluation; leave it out"),
@@ -568,130 +572,96 @@ def describe_pair(tokenizer, pair: dict, max_length: int | None) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ policy and reference
-HUB_FIXES = {  # what the error of a hub or a file says: what to do
-    r"gated|restricted|401|403": "accept its licence on its page, then log in with `hf auth login`",
-    r"connect|offline|resolve|timed? ?out|network|LocalEntry": "connect to the network, or give a local folder",
-    r"safetensors": "give weights as safetensors: pickled ones can run code",
-    r"": "check the spelling; a private one needs `hf auth login`",
-}
-
-
-def fetch(s: argparse.Namespace, load, name: str, **options):
-    """load(name, ...), with every way in which a hub or a file can fail told in one line."""
-    try:
-        return load(name, revision=s.revisions.get(name, "main"), **options)
-    except (OSError, ValueError, KeyError) as error:
-        text = f"{type(error).__name__} {type(error.__cause__).__name__} {error}"
-        fix = next(fix for pattern, fix in HUB_FIXES.items() if re.search(pattern, text, re.IGNORECASE))
-        setting = ("ref_" if name == s.ref_model_name_or_path else "") + "model_name_or_path"
-        raise UserError(f"{setting}={name}: cannot be loaded: {str(error).strip().splitlines()[0]}; {fix}") from error
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's names of the reference's log-probs in a batch, in nats
 
 
 def load_start(s: argparse.Namespace) -> argparse.Namespace:
     """What a run starts from: base, adapter (None unless the model is one), tokenizer, config, kind of reference."""
-    name = s.model_name_or_path
-    s.revisions = {name: s.model_revision or "main"}
-    path = fetch(s, find_adapter_config_file, name)
-    adapter = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-    base = adapter.get("base_model_name_or_path", name)
-    s.revisions.setdefault(base, adapter.get("revision") or "main")
-    if not path and (s.reference == "adapter" or s.fresh_adapter):
-        asked = f"reference={s.reference}, fresh_adapter={s.fresh_adapter}"
-        raise UserError(f"{asked}: {name} is no adapter; leave them out")
-    if adapter.get("peft_type", "LORA") in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING"):
-        raise UserError(
-            f"model_name_or_path={name}: is a prompt-learning adapter; start from its base, or from a LoRA"
-        )
-    continues = bool(path) and not s.fresh_adapter
-    kind = "adapter" if continues and s.reference == "auto" else s.reference
-    told = {"auto": f"the policy with its adapter switched off{' (base and SFT adapter, merged)' if path else ''}",
-            "copy": f"a second, frozen model ({s.ref_model_name_or_path or name})",
-            "adapter": f"a frozen copy of the starting adapter ({name})"}  # fmt: skip
-    bare = path and Path(name).exists() and not Path(name, "tokenizer_config.json").exists()
-    own = base if bare else name
-    tokenizer = fetch(s, transformers.AutoTokenizer.from_pretrained, own, trust_remote_code=False)
+    name, revision = s.model_name_or_path, s.model_revision
+    adapter_file = find_adapter_config_file(name, revision=revision)
+    adapter = peft.PeftConfig.from_pretrained(name, revision=revision) if adapter_file else None
+    if not adapter and (s.reference == "adapter" or s.fresh_adapter):
+        raise UserError(f"{name} is no adapter; leave `reference: adapter` and `fresh_adapter` out")
+    base, pinned = (adapter.base_model_name_or_path, adapter.revision) if adapter else (name, revision)
+    try:
+        config = transformers.AutoConfig.from_pretrained(base, revision=pinned, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        fix = "check its spelling and the network; a gated or private one needs `hf auth login`; no pickled weights"
+        raise UserError(f"{base} cannot be read: {str(error).strip().splitlines()[0]}; {fix}") from error
+    bare = os.path.isdir(name) and not Path(name, "tokenizer_config.json").exists()
+    source, revision = (base, pinned) if bare else (name, revision)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     tokenizer.pad_token = s.pad_token or tokenizer.pad_token or tokenizer.eos_token
-    config = fetch(s, transformers.AutoConfig.from_pretrained, base, trust_remote_code=False)
-    return argparse.Namespace(base=base, adapter=name if path else None, adapter_file=path, continues=continues,
-                              tokenizer=tokenizer, config=config, reference=kind, told=told[kind])  # fmt: skip
+    continues = bool(adapter) and not s.fresh_adapter
+    kind = "adapter" if continues and s.reference == "auto" else s.reference
+    told = {"auto": "the policy with its adapter switched off", "adapter": "a frozen copy of the starting adapter",
+            "copy": f"a second, frozen model ({s.ref_model_name_or_path or name})"}  # fmt: skip
+    return argparse.Namespace(base=base, config=config, tokenizer=tokenizer, adapter=adapter and name, told=told[kind],
+                              adapter_file=adapter_file, continues=continues, reference=kind)  # fmt: skip
 
 
-def load_model(s, args, base: str, adapter: str | None, trainable: bool) -> tuple:
-    """(causal LM on this process's one device, why it shares no prefixes or None), its adapter on top, or merged."""
-    if adapter and not trainable and is_deepspeed_zero3_enabled():
-        raise UserError(f"{adapter}: cannot be merged while ZeRO-3 shards its base; use fsdp2.yaml, or merge it first")
+def load_model(s, args, name: str, trainable: bool = False) -> tuple:
+    """(The model, or an adapter on top of its base, on this process's one device; the causal LM in it)."""
+    revision = s.model_revision if name == s.model_name_or_path else None
     options = {"dtype": s.dtype, "attn_implementation": s.attn_implementation, "trust_remote_code": False,
                "use_safetensors": True, "quantization_config": trl.get_quantization_config(s)}  # fmt: skip
     options |= {"device_map": {"": args.device}} if args.device.type == "cuda" and not is_sharded() else {}
-    model = fetch(s, transformers.AutoModelForCausalLM.from_pretrained, base, **options)
-    reason = why_not_shared(model, s)
-    if reason is None:
-        share_prefixes(model)
+    kind, adapter = transformers.AutoModelForCausalLM, find_adapter_config_file(name, revision=revision)
     if adapter:
-        model = fetch(s, functools.partial(peft.PeftModel.from_pretrained, model), adapter, is_trainable=trainable)
-    return (model.merge_and_unload() if adapter and not trainable else model), reason
+        kind, options["is_trainable"] = peft.AutoPeftModelForCausalLM, trainable
+    model = kind.from_pretrained(name, revision=revision, **options)
+    causal_lm = model.get_base_model() if adapter else model
+    if why_not_shared(causal_lm, s) is None:
+        share_prefixes(causal_lm)
+    return model, causal_lm
 
 
 def build_trainer(s, args, start, train, held_out) -> "PreferenceTrainer":
     """Policy, reference and pairs in a trainer; without `ref_model` it switches the adapter off, or copies it."""
     transformers.set_seed(s.seed)
-    policy, reason = load_model(s, args, start.base, start.adapter, trainable=start.continues)
-    if s.fresh_adapter:  # the new adapter is one of the merged model, so that model has to be there
-        folder = Path(s.output_dir, "base")
-        is_new = is_main() and not Path(s.output_dir, "settings.yaml").exists()  # which comes when training begins
-        for part in (policy, start.tokenizer) if is_new else ():
-            part.save_pretrained(folder)
-        policy.name_or_path = policy.config._name_or_path = str(folder)
-    reference = None
-    if start.reference == "copy":
-        other = (s.ref_model_name_or_path, None) if s.ref_model_name_or_path else (start.base, start.adapter)
-        reference, why = load_model(s, args, *other, trainable=False)
-        reason = reason or why
-    lora = None if start.continues else trl.get_peft_config(s)
-    if lora and not s.fresh_adapter:
-        lora.revision = s.revisions[start.base]  # so that whoever loads the adapter loads this base
-    collator = PreferenceCollator(start.tokenizer.pad_token_id, s.max_length, share_prefixes=reason is None)
+    policy, causal_lm = load_model(s, args, s.model_name_or_path, trainable=start.continues)
+    other = s.ref_model_name_or_path or s.model_name_or_path
+    reference = load_model(s, args, other)[1] if start.reference == "copy" else None
+    lora = None if start.continues else replace(trl.get_peft_config(s), revision=s.model_revision)
+    if s.fresh_adapter:  # its base is the merged model
+        policy = policy.merge_and_unload()
+        policy.name_or_path = f"{s.output_dir}/base"
+        for part in (policy, start.tokenizer) if is_main() else ():
+            part.save_pretrained(policy.name_or_path)
+    shared = {model.config._attn_implementation for model in (causal_lm, reference) if model} == {"shared_prefixes"}
     trainer = PreferenceTrainer(
-        model=policy, ref_model=reference, args=args, train_dataset=train, eval_dataset=held_out,
-        data_collator=collator, processing_class=start.tokenizer, compute_metrics=pair_metrics,
-        peft_config=lora,
+        policy, reference, args, PreferenceCollator(start.tokenizer.pad_token_id, s.max_length, share_prefixes=shared),
+        train, held_out, start.tokenizer, compute_metrics=pair_metrics, peft_config=lora,
     )  # fmt: skip
-    for weight in trainer.model.parameters() if (s.load_in_4bit or s.load_in_8bit) and not is_sharded() else ():
-        if weight.requires_grad:  # TRL makes them bf16, which rounds most steps of a learning rate of 5e-6 away
-            weight.data = weight.data.float()
-    for module in trainer.model.modules() if args.bf16 and args.device.type == "cuda" else ():
-        if hasattr(module, "cast_input_dtype_enabled"):  # PEFT casts up and autocast down again: lossless, not free
+    trainer.precompute_ref_logps = True  # every batch brings them
+    if not is_sharded():  # TRL makes QLoRA's bf16, which rounds most steps of a learning rate of 5e-6 away
+        cast_adapter_dtype(trainer.model, "default")
+    for module in trainer.model.modules():
+        if args.bf16 and args.device.type == "cuda":  # PEFT casts up and autocast down again: lossless, not free
             module.cast_input_dtype_enabled = False
-    for layer in trainer.model.modules() if s.torch_compile else ():
-        if isinstance(layer, GradientCheckpointingLayer):  # transformers' mark of a decoder layer: alike, so one graph
-            layer.compile(backend=s.torch_compile_backend or "inductor", mode=s.torch_compile_mode, dynamic=True)
+        if s.torch_compile and isinstance(module, GradientCheckpointingLayer):  # a decoder layer: alike, so one graph
+            module.compile(backend=s.torch_compile_backend or "inductor", mode=s.torch_compile_mode, dynamic=True)
     return trainer
 
 
-class BalancedSampler(torch.utils.data.Sampler):
-    """The pairs in `order`, those of each optimizer step dealt out so that its forward passes have alike much to do.
+class BalancedSampler(SeedableRandomSampler):
+    """Random order, in which the forward passes of an optimizer step have alike much to do: no process waits long.
 
-    Which pairs make a step stays as it was, and so does its gradient (but for aot, aot_unpaired and sft, which look at
-    all pairs of a pass); but no process waits long for another, and no pass needs much more memory than the others.
+    The pairs of the step stay the same, and so does its gradient, but for losses that see a whole pass (aot, sft).
     """
 
-    def __init__(self, order, needed: np.ndarray, size: int, passes: int):
-        self.order, self.needed, self.size, self.passes = order, needed, size, passes
-
-    def __len__(self):
-        return len(self.order)
-
-    def set_epoch(self, epoch: int):
-        self.order.set_epoch(epoch)
+    def __init__(self, needed: np.ndarray, size: int, passes: int, **options):
+        super().__init__(needed, **options)
+        self.needed, self.size, self.passes = needed, size, passes
 
     def __iter__(self):
-        order, step = np.array(list(self.order)), self.size * self.passes
+        order, step = np.array(list(super().__iter__())), self.size * self.passes
         for pairs in np.split(order, range(step, len(order), step)):
             if len(pairs) == step:  # accelerate gives pass k to process k mod their number
-                ranked = pairs[np.argsort(-self.needed[pairs], kind="stable")]
-                hands = np.empty((self.passes, self.size), int)
-                for i, row in enumerate(ranked.reshape(self.size, self.passes)):  # the largest to who has least so far
-                    hands[np.argsort(self.needed[hands[:, :i]].sum(1), kind="stable"), i] = row
+                ranked = pairs[np.argsort(-self.needed[pairs], kind="stable")].reshape(self.size, self.passes)
+                hands = ranked[:1].T
+                for row in ranked[1:]:  # the largest to who has least so far
+                    hands = np.c_[hands[np.argsort(self.needed[hands].sum(1), kind="stable")], row]
                 pairs = hands.flatten()
             yield from pairs.tolist()
 
@@ -705,36 +675,45 @@ class PreferenceTrainer(trl.DPOTrainer):
     def get_train_dataloader(self):
         loader, args = super().get_train_dataloader(), self.args
         if self.data_collator.share_prefixes and args.train_sampling_strategy == "random":
-            passes, needed = args.gradient_accumulation_steps * args.world_size, self.train_dataset["needed_tokens"]
-            sampler = BalancedSampler(loader.get_sampler(), np.array(needed), args.per_device_train_batch_size, passes)
-            loader.set_sampler(sampler)  # in all of accelerate's layers, so that a resumed epoch has its own order
+            needed, seed = np.array(self.train_dataset["needed_tokens"]), loader.get_sampler().initial_seed
+            passes = args.gradient_accumulation_steps * args.world_size
+            loader.set_sampler(BalancedSampler(needed, args.per_device_train_batch_size, passes, data_seed=seed))
         return loader
 
-    def require_finite(self, value, what: str, inputs: dict):
+    def _prepare_inputs(self, inputs):
+        """The batch on this device, with the reference's log-probs, (B,) each, unless the cache has put them there."""
+        inputs = super()._prepare_inputs(inputs)
+        if REFERENCE[0] not in inputs:
+            inputs |= zip(REFERENCE, self.compute_ref_log_probs(self.ref_model or self.model, inputs))
+        return inputs
+
+    def require_finite(self, value, what: str, inputs: dict) -> None:
         if not math.isfinite(value):
             text = f"the {what} is not finite at step {self.state.global_step + 1}, the last checkpoint is kept: " \
                 f"lower learning_rate ({self.args.learning_rate:g}), raise beta, or use bf16, not fp16"  # fmt: skip
             rows = [row[:60] for row in inputs["input_ids"].chunk(2)[0].tolist()] if inputs else []
             raise UserError("\n  ".join([text, *map(repr, self.processing_class.batch_decode(rows))]), status=1)
-        return value
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        return self.require_finite(super().training_step(model, inputs, num_items_in_batch), "loss", inputs)
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.require_finite(loss.detach(), "loss", inputs)
+        self._metrics["train"]["loss"].append(self.accelerator.gather(loss.detach()).mean().item())
+        return loss
 
-    def _clip_grad_norm(self, model):
-        norm = super()._clip_grad_norm(model)  # in fp16 the scaler looks for an overflow, and skips that step
-        return norm if self.accelerator.scaler is not None else self.require_finite(norm, "gradient", {})
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None:  # fp16's looks for an overflow itself, and skips that step
+            self.require_finite(norm, "gradient", {})
+        return norm
 
     def pair_logps(self, model, inputs) -> tuple:
         """Log-probs of the answers, (B,) each: policy's chosen, rejected, reference's chosen, rejected; the output."""
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        passed = {k: v for k, v in inputs.items() if k != "completion_mask" and not k.startswith("ref_")}
+        passed = {name: v for name, v in inputs.items() if name not in ("completion_mask", *REFERENCE)}
         with torch.no_grad(), self.compute_loss_context_manager():
             output = model(**passed, labels=labels, use_cache=False, fused_lm_head=True)
             policy = self.compute_ref_log_probs(lambda **_: output, inputs)  # it sums up the answers of any model
-            if "ref_chosen_logps" in inputs:
-                return *policy, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"], output
-            return *policy, *self.compute_ref_log_probs(self.ref_model or model, inputs), output
+        return *policy, *(inputs[name] for name in REFERENCE), output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(B, 5) in place of logits: each pair's loss, rewards of chosen and rejected, log-probs of both.
@@ -744,40 +723,31 @@ class PreferenceTrainer(trl.DPOTrainer):
         """
         inputs = self._prepare_inputs(inputs)
         *logps, output = self.pair_logps(model, inputs)
-        losses, before = [], (self.precompute_ref_logps, self.aux_loss_enabled)
-        self.precompute_ref_logps, self.aux_loss_enabled = True, False  # a router's loss is of a batch, not of a pair
-        for rows in torch.arange(2 * len(logps[0])).view(2, -1).T:
-            one = type(output)(**{k: v[rows] for k, v in output.items() if v is not None and v.ndim == 2})
-            pair = {k: inputs[k][rows] for k in ("input_ids", "attention_mask", "completion_mask")}
-            pair |= {f"ref_{side}_logps": values[rows[:1]] for side, values in zip(("chosen", "rejected"), logps[2:])}
-            losses.append(self._compute_loss(lambda one=one, **_: one, pair, return_outputs=False).detach().float())
-        self.precompute_ref_logps, self.aux_loss_enabled = before
+        chosen, rejected = (self.beta * (logps[i] - logps[i + 2]) for i in range(2))
+        rows = {name: value.unflatten(0, (-1, len(chosen)))  # (1 or 2, B, ...)
+                for name, value in (inputs | output).items() if torch.is_tensor(value) and value.ndim}  # fmt: skip
+        losses = []
+        for i in range(len(chosen)):
+            pair = {name: value[:, i] for name, value in rows.items()}
+            pair["aux_loss"] = chosen.new_zeros(())  # a router's is of a batch, not of a pair
+            losses.append(self._compute_loss(lambda pair=pair, **_: argparse.Namespace(**pair), pair, False).detach())
         self._metrics["eval"].clear()
-        rewards = [self.beta * (policy - reference) for policy, reference in zip(logps[:2], logps[2:])]
-        scores = torch.stack([torch.stack(losses), *rewards, *logps[:2]], dim=1)
+        scores = torch.stack([torch.stack(losses), chosen, rejected, *logps[:2]], dim=1)
         return None, scores, scores[:, :1]
 
     def _save_checkpoint(self, model, trial):
-        """A checkpoint is whole once its manifest, written last, lists every file; only then do older ones go."""
-        averages = {name: vars(self)[name] for name in ("_globalstep_last_logged", "_total_train_tokens")}
-        averages |= {"metrics": dict(self._metrics["train"])}  # so far, of the log line to come
-        averages |= {"loss": self.accelerator.gather(self._tr_loss).mean().item()}
-        self.state.stateful_callbacks["averages"] = averages
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        """A checkpoint is whole once its manifest, written last, lists every file."""
+        self.state.stateful_callbacks["averages"] = [self._total_train_tokens, dict(self._metrics["train"])]
         super()._save_checkpoint(model, trial)
-        self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if is_main():
             folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
             write_file(folder / MANIFEST, json.dumps(digest_files(folder), indent=1))
-            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
 
     def restore_averages(self) -> None:
         """So that the first log line after a resume averages over the steps before it too."""
-        averages = dict(self.state.stateful_callbacks["averages"])
-        self._tr_loss += averages.pop("loss")
-        self._metrics["train"].update(averages.pop("metrics"))
-        vars(self).update(averages)
+        self._total_train_tokens, metrics = self.state.stateful_callbacks["averages"]
+        self._metrics["train"].update(metrics)
 
     def save_model(self, output_dir=None, _internal_call=False):
         """The adapter alone, gathered where FSDP shards it: transformers would gather all weights, or none."""
@@ -789,71 +759,56 @@ class PreferenceTrainer(trl.DPOTrainer):
 
 def pair_metrics(scores) -> dict[str, float]:
     """Means over the held-out pairs, each counted once; accuracies with their 95% interval (Wilson, 1927)."""
-    loss, chosen, rejected, logps_chosen, logps_rejected = np.asarray(scores.predictions, dtype=np.float64).T
-    n, p, z = len(loss), float((chosen > rejected).mean()), 1.96
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = ((centre + sign * half) / (1 + z * z / n) for sign in (-1, 1))
-    values = {"loss": loss, "rewards/chosen": chosen, "rewards/rejected": rejected, "logps/chosen": logps_chosen,
-              "logps/rejected": logps_rejected, "rewards/margins": chosen - rejected, "rewards/accuracies": [p],
-              "rewards/accuracies_low": [min(low, p)], "rewards/accuracies_high": [max(high, p)]}  # fmt: skip
-    return {name: float(np.mean(value)) for name, value in values.items()}
+    names = ["loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"]
+    pairs = pd.DataFrame(scores.predictions, columns=names, dtype=float)
+    pairs["rewards/margins"] = pairs["rewards/chosen"] - pairs["rewards/rejected"]
+    p, spread = float((pairs["rewards/margins"] > 0).mean()), 1.96**2 / len(pairs)
+    low, high = sorted(np.roots([1 + spread, -2 * p - spread, p * p]).tolist())  # (q - p)^2 = spread * q * (1 - q)
+    accuracies = {"": p, "_low": min(low, p), "_high": max(high, p)}
+    return pairs.mean().to_dict() | {f"rewards/accuracies{end}": value for end, value in accuracies.items()}
 
 
-def reference_folder(s: argparse.Namespace, start: argparse.Namespace) -> Path:
-    """Where log-probs lie that depend on the same weights, dtype, quantisation and ld_alpha."""
-    merged = bool(start.adapter) and (s.fresh_adapter or start.reference == "copy")
-    what = [s.ld_alpha, s.dtype, s.bf16, s.fp16, s.load_in_4bit, s.load_in_8bit, s.bnb_4bit_quant_type,
-            s.use_bnb_nested_quant, merged]  # fmt: skip
-    sources = {start.base: getattr(start.config, "_commit_hash", None), start.adapter: start.adapter_file}
-    if s.ref_model_name_or_path:
-        config = fetch(s, transformers.AutoConfig.from_pretrained, s.ref_model_name_or_path, trust_remote_code=False)
-        sources = {s.ref_model_name_or_path: getattr(config, "_commit_hash", None)}
-    for name, commit in sources.items():
-        files = [path.stat() for path in sorted(Path(name or os.devnull).glob("*.safetensors"))]
-        what += [name, [(file.st_size, file.st_mtime_ns) for file in files] or commit]
-    key = hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
-    return Path(HF_HOME, "dpotrainer", f"reference-{key}")
+def reference_file(trainer: PreferenceTrainer, s, start, hashes: np.ndarray) -> Path:
+    """Where the log-probs of these pairs lie: named by all that they depend on."""
+    what = [hashes.tolist(), start.reference, s.fresh_adapter, s.ld_alpha, s.dtype, s.bf16, s.fp16, s.load_in_4bit,
+            s.load_in_8bit, s.bnb_4bit_quant_type, s.use_bnb_nested_quant, start.adapter_file,
+            getattr((trainer.ref_model or trainer.model).config, "_commit_hash", None)]  # fmt: skip
+    for name in filter(None, (start.base, start.adapter, s.ref_model_name_or_path)):
+        files = [path.stat() for path in sorted(Path(name).glob("*.safetensors"))]  # none, where it is a hub's
+        what += [name, [(file.st_size, file.st_mtime_ns) for file in files]]
+    return Path(HF_HOME, "dpotrainer", f"reference-{hashlib.blake2b(repr(what).encode(), digest_size=8).hexdigest()}")
 
 
-KNOWN = np.dtype([("pair", "<i8"), ("logps", "<f8", 2)])  # of a pair, by its hash: chosen and rejected, in nats
+def cache_reference(trainer: PreferenceTrainer, s, start) -> None:
+    """The reference's log-probs as columns, from a file that runs share; what is missing is computed and kept.
 
-
-def cache_reference(trainer: PreferenceTrainer, s: argparse.Namespace, folder: Path) -> None:
-    """The reference's log-probs as columns, from files that runs share; what is missing is computed and kept."""
-
-    def read() -> dict[int, list[float]]:  # a torn end is no whole entry, and a lost block is zeros
-        known = np.concatenate([np.empty(0, KNOWN), *(np.fromfile(file, KNOWN) for file in folder.iterdir())])
-        known = known[(known["pair"] != 0) & (known["logps"] <= 0).all(1)]
-        return dict(zip(known["pair"].tolist(), known["logps"].tolist()))
-
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [name for name in ("train_dataset", "eval_dataset") if getattr(trainer, name) is not None]
-    pairs, known = datasets.concatenate_datasets([getattr(trainer, name) for name in names]), read()
-    todo = [(i, pair) for i, pair in enumerate(pairs["pair_hash"]) if pair not in known]
-    trainer.accelerator.wait_for_everyone()  # all count before the first adds
-    say(f"reference log-probs: {len(pairs) - len(todo)} of {len(pairs)} pairs are in {folder}")
-    # by hash, so that all divide alike whatever others add meanwhile; per host, as HF_HOME may be each host's own
-    local, world = trainer.accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    mine = [i for i, pair in todo if pair % world == local]
+    The main process's file holds (N, 2) float32, in nats: chosen and rejected of N pairs, by order of their hashes.
+    What is not below 0, as log-probs are, is not known: a new file is all zeros, and so is what another has lost.
+    """
+    parts = [data for data in (trainer.train_dataset, trainer.eval_dataset) if data is not None]
+    pairs = datasets.concatenate_datasets(parts)
+    hashes, first, place = np.unique(pairs["pair_hash"], return_index=True, return_inverse=True)
+    path, known = reference_file(trainer, s, start, hashes), None
+    if is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        known = np.memmap(path, "<f4", "r+", shape=(len(hashes), 2))
+    (known,) = broadcast_object_list([known])
+    todo = np.flatnonzero(~(known < 0).all(1))
+    say(f"reference log-probs: {len(hashes) - len(todo)} of {len(hashes)} pairs are in {path}")
     size = s.precompute_ref_batch_size or s.per_device_eval_batch_size
-    with open(folder / uuid.uuid4().hex, "xb") if mine else nullcontext() as file:  # one's own: needs no lock
-        for at in tqdm(range(0, len(mine), size), desc="reference", disable=None if is_main() and todo else True):
-            rows = [pairs[i] for i in mine[at : at + size]]
-            batch = trainer._prepare_inputs(trainer.data_collator(rows))
-            logps = torch.stack(trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch), dim=1)
-            trainer.require_finite(logps.sum().item(), "reference's log-prob", batch)
-            entries = [(row["pair_hash"], both) for row, both in zip(rows, logps.tolist())]
-            file.write(np.array(entries, KNOWN).tobytes())
-            file.flush()  # a kill costs one batch
-    trainer.accelerator.wait_for_everyone()
-    known = read()
-    for name in names:
-        data = getattr(trainer, name)
-        logps = np.array([known[pair] for pair in data["pair_hash"]])
-        for column, values in zip(("ref_chosen_logps", "ref_rejected_logps"), logps.T):
-            data = data.add_column(column, values)
-        setattr(trainer, name, data)
-    trainer.precompute_ref_logps = True
+    loader = torch.utils.data.DataLoader(pairs.select(first[todo]), size, collate_fn=trainer.data_collator)
+    for batch in tqdm(trainer.accelerator.prepare(loader), desc="reference", disable=not is_main() or None):
+        batch = trainer._prepare_inputs(batch)
+        logps = torch.stack([batch[name] for name in REFERENCE], dim=1)
+        trainer.require_finite(logps.sum(), "reference's log-prob", batch)
+        logps = trainer.accelerator.gather_for_metrics(logps).cpu()
+        known[todo[: len(logps)]], todo = logps, todo[len(logps) :]
+        known.flush()  # a kill costs one batch
+    for name, values in zip(REFERENCE, known[place].T):
+        pairs = pairs.add_column(name, values)
+    trainer.train_dataset = pairs.select(range(len(parts[0])))
+    trainer.eval_dataset = pairs.select(range(len(parts[0]), len(pairs))) if len(parts) > 1 else None
 
 
 # ---------------------------------------------------------------------------------------------------- shared prefixes
@@ -1278,7 +1233,7 @@ FAULTS = (  # kind and words of a library's error; exit status, 2 being a mistak
      "a file could not be written, older checkpoints are untouched: make room and run the same command again"),
     (KeyboardInterrupt, "", 130, "interrupted before training began; the same command starts again"),
     (Timeout, r"/\.lock'", 2, "output_dir: another run is writing there; wait, or choose another"),
-    ((ValueError, TypeError, ImportError, NotImplementedError), "", 2, "settings"),
+    ((OSError, ValueError, TypeError, ImportError, NotImplementedError), "", 2, "settings"),
 )  # fmt: skip
 
 
@@ -1290,7 +1245,7 @@ def write_file(path: Path, text: str) -> None:
 
 def settings_yaml(s: argparse.Namespace) -> str:
     """What makes the run what it is, a line each: versions, pairs, sharding, settings. `--config` repeats it."""
-    left_out = ("given", "revisions", "planned_steps", "pairs", "gradient_accumulation_steps", "overwrite", "dry_run")
+    left_out = ("given", "planned_steps", "pairs", "gradient_accumulation_steps", "overwrite", "dry_run")
     values = {name: value for name, value in vars(s).items() if name not in left_out and value != []}
     packages = (torch, transformers, trl, peft, datasets, accelerate)
     made = ", ".join(f"{package.__name__} {package.__version__}" for package in packages)
@@ -1370,7 +1325,7 @@ class Ending(transformers.TrainerCallback):
 def train_policy(s: argparse.Namespace, trainer: PreferenceTrainer, start: argparse.Namespace) -> Report:
     """Train from where output_dir stands, to the end or to a signal."""
     if s.precompute_ref_log_probs:
-        cache_reference(trainer, s, reference_folder(s, start))
+        cache_reference(trainer, s, start)
     checkpoint, report = resume_point(trainer, Path(s.output_dir)), Report(trainer, s)
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)

@@ -313,6 +313,7 @@ CLASHES = [  # setting, flags that make it clash, the environment that goes with
     ("merge", ["--merge", "true"], {"ACCELERATE_USE_FSDP": "true"}),
     ("precompute_ref_log_probs", ["--precompute_ref_log_probs", "true"], {"ACCELERATE_USE_FSDP": "true"}),
     ("precompute_ref_log_probs", ["--precompute_ref_log_probs", "true"], {"ACCELERATE_USE_DEEPSPEED": "true"}),
+    ("fresh_adapter", ["--fresh_adapter", "true"], {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}),
     ("lora_dropout", ["--lora_dropout", "0.1"], {}),
     ("padding_free", ["--padding_free", "true"], {}),
     ("truncation_mode", ["--truncation_mode", "keep_end"], {}),

@@ -219,13 +219,13 @@ def count_waiting(dataset, arguments):
     collator, size = dpotrainer.PreferenceCollator(0, arguments.max_length), arguments.per_device
     needed = np.array([sum(collator([pair])["plan"]["query_lengths"]) for pair in dataset])
     step = min(arguments.global_batch, len(needed) // (size * arguments.processes) * size * arguments.processes)
-    order, found = SeedableRandomSampler(range(len(needed) // step * step), data_seed=arguments.seed), {}
-    for name in ("random", "balanced"):
-        balanced = dpotrainer.BalancedSampler(order, needed, size, step // size)
+    needed, found = needed[: len(needed) // step * step], {}
+    balanced = dpotrainer.BalancedSampler(needed, size, step // size, data_seed=arguments.seed)
+    for name, order in (("random", SeedableRandomSampler(needed, data_seed=arguments.seed)), ("balanced", balanced)):
         tokens = []
         for epoch in range(20):
-            balanced.set_epoch(epoch)
-            pairs = np.array(list(balanced if name == "balanced" else order))
+            order.set_epoch(epoch)
+            pairs = np.array(list(order))
             tokens.append(needed[pairs].reshape(-1, step // size // arguments.processes, arguments.processes, size))
         tokens = np.concatenate(tokens).sum(3)  # of each step, pass and process
         mean = tokens.sum() / arguments.processes
