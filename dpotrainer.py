@@ -4,15 +4,14 @@
     python dpotrainer.py --config FILE.yaml --beta 0.05       constants < YAML < command line
     accelerate launch --config_file configs/accelerate/ddp.yaml dpotrainer.py          several GPUs
 
-Over pairs of a prompt x with a chosen answer y_w and a rejected answer y_l, DPO (Rafailov et al., 2023, arXiv
-2305.18290, equation 7) minimises
+Over pairs of a prompt x with a chosen answer y_w and a rejected one y_l, DPO (arXiv 2305.18290, eq. 7) minimises
 
     loss = -log sigmoid(reward(x, y_w) - reward(x, y_l)),    reward(x, y) = beta * (log pi(y | x) - log pi_ref(y | x)).
 
-The log shows the mean of reward(x, y_w) as rewards/chosen, of reward(x, y_l) as rewards/rejected, of their difference
-as rewards/margins, and the share of pairs with a positive difference as rewards/accuracies. trl.DPOTrainer does the
-training; this file decides what a good run is, checks it before it costs anything (`--dry_run true` shows the plan and
-one pair as the model sees it), computes each pair's common prefix once, shows what happened, and loses nothing.
+The log shows the means of reward(x, y_w) as rewards/chosen, of reward(x, y_l) as rewards/rejected, of their difference
+as rewards/margins, and the share of pairs where that is positive as rewards/accuracies. trl.DPOTrainer trains; this
+file decides what a good run is, checks it before it costs anything (`--dry_run true` shows the plan and one pair as
+the model sees it), computes each pair's common prefix once, shows what happened, and loses nothing.
 
 OUTPUT_DIR gets the adapter with tokenizer and model card, settings.yaml (`--config OUTPUT_DIR/settings.yaml` repeats
 the run), metrics.jsonl, rewards.png, samples.md, checkpoint-N. The same command again continues an interrupted run.
@@ -119,7 +118,7 @@ OUR_DEFAULTS = {  # where a good run differs from TRL's defaults
 class Settings:
     """What TRL has no name for; all else is in trl.ScriptArguments, trl.ModelConfig and trl.DPOConfig."""
 
-    global_batch_size: int = HfArg(default=0, help="pairs per optimizer step over all processes")
+    global_batch_size: int | None = HfArg(default=None, help="pairs per optimizer step over all processes")
     eval_pairs: int = HfArg(default=0, help="pairs held out when the data set has no test split")
     share_prefixes: bool = HfArg(default=True, help="compute each pair's common prefix once, and no padding")
     reference: Literal["auto", "copy", "adapter"] = HfArg(default="auto", help="auto: adapter off, or the SFT adapter "
@@ -218,28 +217,6 @@ def can_write(folder: str) -> bool:
     return os.access(f"{there}/", os.W_OK | os.X_OK)  # with a slash, a file is refused
 
 
-def as_flags(settings: dict[str, Any]) -> list[list[str]]:
-    """A mapping as the flags that say the same, [["--beta=0.1"], ...], so that all layers pass the same checks."""
-    texts = {name: json.dumps(v) if isinstance(v, dict) else v for name, v in settings.items()}
-    return [[f"--{name}", *map(str, v)] if isinstance(v, list) else [f"--{name}={v}"] for name, v in texts.items()]
-
-
-def read_flag(parser, s: argparse.Namespace, layer: str, words: list[str]) -> str:
-    """Set in s what one flag such as ["--beta", "0.1"] says, or return what is wrong with it."""
-    flag, _, value = words[0].partition("=")
-    name = flag.removeprefix("--").replace("-", "_")
-    s.given[name] = layer
-    if value == "None" and name in OPTIONAL:  # null in YAML
-        setattr(s, name, None)
-        return ""
-    try:
-        unknown = parser.parse_known_args(words, s)[1]
-    except argparse.ArgumentError as error:
-        return f"{layer}: {error}"
-    closest = difflib.get_close_matches(name, vars(s), n=1, cutoff=0)[0]
-    return f"{layer}: {unknown[0]!r} is not a setting; did you mean {closest}?" if unknown else ""
-
-
 def read_yaml(path: str | None) -> dict[str, Any]:
     try:
         return {**yaml.safe_load(Path(path).read_text(encoding="utf-8"))} if path else {}
@@ -248,42 +225,59 @@ def read_yaml(path: str | None) -> dict[str, Any]:
         raise UserError(f"--config {path}: {why}; give a file of lines such as `beta: 0.1`") from None
 
 
+def as_flags(settings: dict[str, Any]) -> list[list[str]]:
+    """A mapping as the flags that say the same, [["--beta=0.1"], ...], so that all layers pass the same checks."""
+    texts = {name: json.dumps(v) if isinstance(v, dict) else v for name, v in settings.items()}
+    return [[f"--{name}", *map(str, v)] if isinstance(v, list) else [f"--{name}={v}"] for name, v in texts.items()]
+
+
 def parse_settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Constants, then the YAML file, then flags: (every field of KINDS and, as `given`, who set it; all problems)."""
+    """Constants, then the YAML file, then flags: one namespace of every field of KINDS, and all problems found."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", help="YAML file of settings, by the names below")
     file, argv = first.parse_known_args(argv)
-    parser = trl.TrlParser(KINDS, parents=[first], allow_abbrev=False, exit_on_error=False)
-    parser._option_string_actions["--report_to"].nargs = "+"  # its type is a text or a list of texts
-    parser.set_defaults_with_config(**OUR_DEFAULTS)
-    s = parser.parse_args([], argparse.Namespace(given={}))
     block = Path(__file__).read_text(encoding="utf-8").split("end of edits")[0]
     names = re.findall(r"^([A-Z]\w*) *[:=]", block, flags=re.M)  # misspelt ones too, to be refused like any setting
     constants = {RENAMED.get(name, name.lower()): globals()[name] for name in names}
+    in_file = read_yaml(file.config)
+    if "gradient_accumulation_steps" in in_file:  # a file for `trl dpo` keeps its meaning
+        constants.pop("global_batch_size", None)
+    values = constants | in_file
+    nulls = {name: values.pop(name) for name in OPTIONAL if values.get(name, "") is None}  # no flag can say it
+    parser = trl.TrlParser(KINDS, parents=[first], allow_abbrev=False, exit_on_error=False)
+    parser._option_string_actions["--report_to"].nargs = "+"  # its type is a text or a list of texts
+    parser.set_defaults_with_config(**OUR_DEFAULTS)
+    s, problems = parser.parse_args([], argparse.Namespace(**nulls)), []
     parser.set_defaults_with_config(**constants)  # for --help
     starts = [i for i, word in enumerate(argv) if i == 0 or word.startswith("--")]
     flags = [argv[i:j] for i, j in itertools.pairwise([*starts, len(argv)])]
-    layers = {"constants": as_flags(constants), file.config: as_flags(read_yaml(file.config)), "command line": flags}
-    problems = [read_flag(parser, s, layer, words) for layer, flags in layers.items() for words in flags]
+    for words in as_flags(values) + flags:
+        try:
+            unknown = parser.parse_known_args(words, s)[1]
+        except argparse.ArgumentError as error:
+            problems.append(str(error))
+            continue
+        if unknown:
+            closest = difflib.get_close_matches(words[0].partition("=")[0], vars(s), n=1, cutoff=0)[0]
+            problems.append(f"{' '.join(words)}: {unknown[0]!r} is not a setting; did you mean {closest}?")
     for name in PATHS:
         setattr(s, name, getattr(s, name) and os.path.expanduser(getattr(s, name)))
     del s.config
-    return s, list(filter(None, problems))
+    return s, problems
 
 
 def check_batch(s: argparse.Namespace) -> list[str]:
-    """Derive gradient accumulation from global_batch_size, or say which sizes would divide it."""
+    """Derive gradient accumulation from global_batch_size, or say which batches per device would divide it."""
     size, passes, world = s.per_device_train_batch_size, s.gradient_accumulation_steps, int(os.getenv("WORLD_SIZE", 1))
     s.per_device_eval_batch_size = s.per_device_eval_batch_size or size
-    if passes and s.given.get("global_batch_size") == "constants":  # a file for `trl dpo` keeps its meaning
-        s.global_batch_size = size * passes * world
+    s.global_batch_size = s.global_batch_size or size * (passes or 1) * world
     s.gradient_accumulation_steps = passes or s.global_batch_size // (size * world)
     if s.global_batch_size == size * s.gradient_accumulation_steps * world:
         return []
     sizes = [n for n in range(1, 1000) if s.global_batch_size % (n * world) == 0]
-    fix = f"per_device_train_batch_size one of {sizes}" if sizes else f"a multiple of {world}"
-    made = f"{size} per device x {s.gradient_accumulation_steps} accumulation x {world} processes"
-    return [f"global_batch_size={s.global_batch_size}: is not {made}; without accumulation, {fix}"]
+    made = f"{size} per device x {passes or 'any'} accumulation x {world} processes"
+    return [f"global_batch_size={s.global_batch_size}: is not {made}; leave accumulation out, and take one of {sizes} "
+            f"per device, or a multiple of {world}"]  # fmt: skip
 
 
 def find_broken(s: argparse.Namespace, rules: tuple) -> list[str]:

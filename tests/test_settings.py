@@ -140,10 +140,12 @@ def test_a_misspelt_constant_is_refused(tmp_path, refuse):
     assert "betta=0.1" in message and "did you mean beta?" in message
 
 
-def test_a_batch_size_that_was_taken_out_is_missed(tmp_path, flags, refuse):
+def test_without_a_global_batch_size_the_batch_is_as_in_trl(tmp_path, flags):
     at = flags.index("--global_batch_size")
     program = edit_constants(tmp_path, GLOBAL_BATCH_SIZE="# GLOBAL_BATCH_SIZE")
-    assert "global_batch_size=0: must be in [1, inf)" in refuse(program=program, good=flags[:at] + flags[at + 2 :])
+    more = ["--gradient_accumulation_steps", "3"]
+    settings, problems = program.parse_settings([*flags[:at], *flags[at + 2 :], *more])
+    assert problems == program.check_settings(settings) == [] and settings.global_batch_size == 12
 
 
 def test_other_settings_may_stand_among_the_constants(tmp_path, refuse):
@@ -169,7 +171,7 @@ def test_a_constant_too_many_is_refused(tmp_path, refuse):
 def test_a_misspelt_setting_is_refused_with_the_closest(wrong, right, tmp_path, refuse):
     assert f"did you mean {right}?" in refuse(f"--{wrong}", "8")
     message = refuse("--config", write_yaml(tmp_path / "my.yaml", **{wrong: 8}))
-    assert wrong in message and f"did you mean {right}?" in message and "my.yaml" in message
+    assert wrong in message and f"did you mean {right}?" in message
 
 
 @pytest.mark.parametrize("short", ["--bet", "--model_name", "--learning_rat", "--conf", "-b"])
@@ -206,9 +208,7 @@ def test_a_wrong_type_in_a_constant_is_refused(tmp_path, refuse):
     assert "beta" in message and "a lot" in message
 
 
-@pytest.mark.parametrize(
-    "text", ["beta: [0.1", "env: 3", "\tbeta: 1", "- beta\n- 0.1\n", "beta 0.1", "", "3", "a: &a [*a]"]
-)
+@pytest.mark.parametrize("text", ["beta: [0.1", "\tbeta: 1", "- beta\n- 0.1\n", "beta 0.1", "", "3"])
 def test_yaml_that_is_no_mapping_is_refused(text, tmp_path, refuse):
     file = tmp_path / "my.yaml"
     file.write_text(text)
@@ -223,7 +223,7 @@ def test_a_config_that_cannot_be_read_is_refused(tmp_path, refuse):
 
 
 def all_settings() -> list[str]:
-    return [name for name in vars(dpotrainer.parse_settings([])[0]) if name != "given"]
+    return list(vars(dpotrainer.parse_settings([])[0]))
 
 
 @pytest.mark.parametrize("value", ["@@", "-1", "", "[", "{", "{}", "nan", "None"])
@@ -307,7 +307,7 @@ CLASHES = [  # setting, flags that make it clash, the environment that goes with
     ("precompute_ref_log_probs", ["--precompute_ref_log_probs", "true"], {"ACCELERATE_USE_DEEPSPEED": "true"}),
     ("merge", ["--merge", "true", "--load_in_4bit", "true"], {}),
     ("merge", ["--merge", "true", "--load_in_8bit", "true"], {}),
-    ("model_name_or_path", ["--model_name_or_path=None"], {}),
+    ("model_name_or_path", ["--model_name_or_path="], {}),
     ("dataset_name", ["--dataset_name="], {}),
     ("output_dir", ["--output_dir="], {}),
     ("output_dir", ["--output_dir=/dev/null/out"], {}),
@@ -579,7 +579,6 @@ def test_every_config_holds_valid_settings(path, monkeypatch):
     monkeypatch.chdir(tiny.ROOT)
     settings, problems = dpotrainer.parse_settings(["--config", str(path)])
     assert problems == [] and dpotrainer.check_settings(settings) == []
-    assert settings.given, "an empty config"
 
 
 @pytest.mark.parametrize("path", sorted((tiny.ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.name)
