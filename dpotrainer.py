@@ -145,12 +145,12 @@ OBJECTIVES = {  # loss_type: what it does to the margin or the rewards, and wher
     "apo_zero": "chosen up, rejected down, APO (arXiv 2408.06266)",
     "sigmoid_norm": "logistic loss per token (arXiv 2405.14734)",
 }
-RANGES = {  # lowest value, and what it must be below: settings
-    (1e-12, math.inf): "beta learning_rate num_train_epochs logging_steps eval_steps save_steps",
-    (1, math.inf): "global_batch_size per_device_train_batch_size per_device_eval_batch_size "
-                   "gradient_accumulation_steps lora_r lora_alpha max_length",
-    (0, math.inf): "eval_pairs sample_prompts warmup_steps max_grad_norm seed",
-    (0, 0.5): "label_smoothing", (0, 1): "lora_dropout",
+RANGES = {  # where a number must lie: settings
+    pd.Interval(0, math.inf, "neither"): "beta learning_rate num_train_epochs logging_steps eval_steps save_steps",
+    pd.Interval(1, math.inf, "left"): "global_batch_size per_device_train_batch_size per_device_eval_batch_size "
+                                      "gradient_accumulation_steps lora_r lora_alpha max_length",
+    pd.Interval(0, math.inf, "left"): "eval_pairs sample_prompts warmup_steps max_grad_norm seed",
+    pd.Interval(0, 0.5, "left"): "label_smoothing", pd.Interval(0, 1, "left"): "lora_dropout",
 }
 FIXED = {  # only value: settings whose others are ignored here, or break the global batch, the evaluation or a resume
     False: "auto_find_batch_size dataset_streaming padding_free push_to_hub save_only_model sync_ref_model "
@@ -287,8 +287,8 @@ def find_broken(s: argparse.Namespace, rules: tuple) -> list[str]:
 def check_settings(s: argparse.Namespace) -> list[str]:
     """Everything that is wrong with the settings, each with its fix, before anything is downloaded or written."""
     found = vars(s)
-    problems = [f"{name}={found[name]}: must be in [{low:g}, {high:g})" for (low, high), names in RANGES.items()
-                for name in names.split() if found[name] is not None and not low <= found[name] < high]  # fmt: skip
+    problems = [f"{name}={found[name]}: must lie in {right}" for right, names in RANGES.items()
+                for name in names.split() if found[name] is not None and found[name] not in right]  # fmt: skip
     problems += check_batch(s) if not problems else []
     problems += [f"{name}: must be {value} here; leave it out" for value, names in FIXED.items()
                  for name in names.split() if found[name] != value]  # fmt: skip
