@@ -22,7 +22,6 @@ import difflib
 import functools
 import hashlib
 import importlib.metadata
-import importlib.util
 import inspect
 import itertools
 import json
@@ -39,6 +38,7 @@ import warnings
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from numbers import Number
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -179,13 +179,12 @@ MACHINE_RULES = (  # the same, of what the machine must have
      "no CUDA GPU; `python dpotrainer.py --config configs/quickstart.yaml` runs anywhere"),
     ("use_cpu", lambda v, s: not v and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ,
      "several GPUs but one process; `accelerate launch --config_file configs/accelerate/ddp.yaml dpotrainer.py`"),
-    ("bf16", lambda v, s: v and not s.use_cpu and torch.cuda.is_available()
-     and not torch.cuda.is_bf16_supported(including_emulation=False),
-     "needs an Ampere GPU (2020) or newer; `--bf16 false --fp16 true --dtype float16`"),
-    ("report_to", lambda v, s: not all(v in ("all", "none") or importlib.util.find_spec(v) for v in np.atleast_1d(v)),
+    ("bf16", lambda v, s: v and torch.cuda.is_available() and not (s.use_cpu or torch.cuda.is_bf16_supported(False)),
+     "needs an Ampere GPU (2020) or newer; `--bf16 false --fp16 true --dtype float16`"),  # False: not by emulation
+    ("report_to", lambda v, s: not all(name in ("all", "none") or find_spec(name) for name in np.atleast_1d(v)),
      "is not installed; `pip install tensorboard`, `pip install wandb` or `pip install trackio`"),
     *((name, lambda v, s: re.search("True|bnb|paged|lion|ademamix|adamw_8bit", str(v))
-       and not importlib.util.find_spec("bitsandbytes"), "needs bitsandbytes; `pip install bitsandbytes`")
+       and not find_spec("bitsandbytes"), "needs bitsandbytes; `pip install bitsandbytes`")
       for name in ("load_in_4bit", "load_in_8bit", "optim")),
 )
 # fmt: on
