@@ -167,7 +167,8 @@ RULES = (  # setting, when its value v is wrong beside all settings s, why, and 
     ("discopop_tau", lambda v, s: v != 0.05 and "discopop" not in s.loss_type, "is for discopop; leave it out"),
     ("lora_dropout", lambda v, s: v and s.disable_dropout, "has no effect; add `disable_dropout: false`"),
     ("ref_model_name_or_path", lambda v, s: v and s.reference != "copy", "has no effect; add `reference: copy`"),
-    ("precompute_ref_log_probs", lambda v, s: v and is_sharded(), "needs a model in one piece; leave it out"),
+    ("precompute_ref_log_probs", lambda v, s: v and (is_sharded() or s.fsdp or s.deepspeed),
+     "needs a model in one piece; leave it out"),
     ("merge", lambda v, s: v and (s.load_in_4bit or s.load_in_8bit), "needs a bf16 base; README, 'Merging', says how"),
     *((name, lambda v, s: not v, "is empty; give a name or a path") for name in PATHS[:3]),
     *((name, lambda v, s: re.search(r"^[./~]|/.*/|\.(jsonl?|parquet|csv)$", v or "") and not os.path.exists(v),
@@ -274,9 +275,9 @@ def check_batch(s: argparse.Namespace) -> list[str]:
     if s.global_batch_size == size * s.gradient_accumulation_steps * world:
         return []
     sizes = [n for n in range(1, 1000) if s.global_batch_size % (n * world) == 0]
+    fix = f"one of {sizes} per device" if sizes else f"a multiple of {world}"
     made = f"{size} per device x {passes or 'any'} accumulation x {world} processes"
-    return [f"global_batch_size={s.global_batch_size}: is not {made}; leave accumulation out, and take one of {sizes} "
-            f"per device, or a multiple of {world}"]  # fmt: skip
+    return [f"global_batch_size={s.global_batch_size}: is not {made}; leave accumulation out, and take {fix}"]
 
 
 def find_broken(s: argparse.Namespace, rules: tuple) -> list[str]:
