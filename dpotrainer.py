@@ -239,16 +239,17 @@ def parse_settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     block = Path(__file__).read_text(encoding="utf-8").split("end of edits")[0]
     names = re.findall(r"^([A-Z]\w*) *[:=]", block, flags=re.M)  # misspelt ones too, to be refused like any setting
     constants = {RENAMED.get(name, name.lower()): globals()[name] for name in names}
-    in_file = read_yaml(file.config)
-    if "gradient_accumulation_steps" in in_file:  # a file for `trl dpo` keeps its meaning
-        constants.pop("global_batch_size", None)
-    values = constants | in_file
-    nulls = {name: values.pop(name) for name in OPTIONAL if values.get(name, "") is None}  # no flag can say it
     parser = trl.TrlParser(KINDS, parents=[first], allow_abbrev=False, exit_on_error=False)
     parser._option_string_actions["--report_to"].nargs = "+"  # its type is a text or a list of texts
     parser.set_defaults_with_config(**OUR_DEFAULTS)
-    s, problems = parser.parse_args([], argparse.Namespace(**nulls)), []
+    s, problems = parser.parse_args([]), []
     parser.set_defaults_with_config(**constants)  # for --help
+    in_file = read_yaml(file.config)
+    if in_file.get("gradient_accumulation_steps"):  # a file for `trl dpo` keeps its meaning
+        constants.pop("global_batch_size", None)
+    values = constants | in_file
+    nulls = [name for name in values if values[name] is None and (name in OPTIONAL or vars(s).get(name, "") is None)]
+    vars(s).update({name: values.pop(name) for name in nulls})  # no flag can say it
     starts = [i for i, word in enumerate(argv) if i == 0 or word.startswith("--")]
     flags = [argv[i:j] for i, j in itertools.pairwise([*starts, len(argv)])]
     for words in as_flags(values) + flags:

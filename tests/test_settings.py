@@ -215,6 +215,15 @@ def test_yaml_that_is_no_mapping_is_refused(text, tmp_path, refuse):
     assert "my.yaml" in refuse("--config", file)
 
 
+def test_every_default_may_be_written_to_a_file(tmp_path):
+    defaults = vars(dpotrainer.parse_settings([])[0])
+    given = {name: value for name, value in defaults.items() if value != []}
+    settings, problems = dpotrainer.parse_settings(["--config", str(write_yaml(tmp_path / "all.yaml", **given))])
+    assert problems == dpotrainer.check_settings(settings) == [] and settings.lora_target_modules == "all-linear"
+    derived = ("per_device_eval_batch_size", "gradient_accumulation_steps")
+    assert all(vars(settings)[name] in (value, [value]) for name, value in given.items() if name not in derived)
+
+
 def test_a_config_that_cannot_be_read_is_refused(tmp_path, refuse):
     assert "nowhere.yaml" in refuse("--config", tmp_path / "nowhere.yaml")
     assert str(tmp_path) in refuse("--config", tmp_path)
