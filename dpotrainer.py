@@ -167,6 +167,7 @@ RULES = (  # setting, when its value v is wrong beside all settings s, why, and 
     ("discopop_tau", lambda v, s: v != 0.05 and "discopop" not in s.loss_type, "is for discopop; leave it out"),
     ("lora_dropout", lambda v, s: v and s.disable_dropout, "has no effect; add `disable_dropout: false`"),
     ("ref_model_name_or_path", lambda v, s: v and s.reference != "copy", "has no effect; add `reference: copy`"),
+    ("reference", lambda v, s: v == "adapter" and s.fresh_adapter, "copies what fresh_adapter merges; auto"),
     ("precompute_ref_log_probs", lambda v, s: v and (is_sharded() or s.fsdp or s.deepspeed),
      "needs a model in one piece; leave it out"),
     ("merge", lambda v, s: v and (s.load_in_4bit or s.load_in_8bit), "needs a bf16 base; README, 'Merging', says how"),

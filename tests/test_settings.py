@@ -312,6 +312,7 @@ CLASHES = [  # setting, flags that make it clash, the environment that goes with
     ("discopop_tau", ["--discopop_tau", "0.1"], {}),
     ("lora_dropout", ["--lora_dropout", "0.1"], {}),
     ("ref_model_name_or_path", ["--ref_model_name_or_path", "some/model"], {}),
+    ("reference", ["--reference", "adapter", "--fresh_adapter", "true"], {}),
     ("precompute_ref_log_probs", ["--precompute_ref_log_probs", "true"], {"ACCELERATE_USE_FSDP": "true"}),
     ("precompute_ref_log_probs", ["--precompute_ref_log_probs", "true"], {"ACCELERATE_USE_DEEPSPEED": "true"}),
     ("merge", ["--merge", "true", "--load_in_4bit", "true"], {}),
