@@ -4,15 +4,14 @@
     python dpotrainer.py --config FILE.yaml --beta 0.05       constants < YAML < command line
     accelerate launch --config_file configs/accelerate/ddp.yaml dpotrainer.py          several GPUs
 
-Over pairs of a prompt x with a chosen answer y_w and a rejected answer y_l, DPO (Rafailov et al., 2023, arXiv
-2305.18290, equation 7) minimises
+Over pairs of a prompt x with a chosen answer y_w and a rejected one y_l, DPO (arXiv 2305.18290, eq. 7) minimises
 
     loss = -log sigmoid(reward(x, y_w) - reward(x, y_l)),    reward(x, y) = beta * (log pi(y | x) - log pi_ref(y | x)).
 
-The log shows the mean of reward(x, y_w) as rewards/chosen, of reward(x, y_l) as rewards/rejected, of their difference
-as rewards/margins, and the share of pairs with a positive difference as rewards/accuracies. trl.DPOTrainer does the
-training; this file decides what a good run is, checks it before it costs anything (`--dry_run true` shows the plan and
-one pair as the model sees it), computes each pair's common prefix once, shows what happened, and loses nothing.
+The log shows the means of reward(x, y_w) as rewards/chosen, of reward(x, y_l) as rewards/rejected, of their difference
+as rewards/margins, and the share of pairs where that is positive as rewards/accuracies. trl.DPOTrainer trains; this
+file decides what a good run is, checks it before it costs anything (`--dry_run true` shows the plan and one pair as
+the model sees it), computes each pair's common prefix once, shows what happened, and loses nothing.
 
 OUTPUT_DIR gets the adapter with tokenizer and model card, settings.yaml (`--config OUTPUT_DIR/settings.yaml` repeats
 the run), metrics.jsonl, rewards.png, samples.md, checkpoint-N. The same command again continues an interrupted run.
@@ -22,7 +21,6 @@ import argparse
 import difflib
 import functools
 import hashlib
-import importlib.util
 import inspect
 import itertools
 import json
@@ -37,8 +35,9 @@ import warnings
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import accelerate
 import datasets
@@ -105,9 +104,9 @@ SEED = 42  # of adapter, order and held-out pairs
 # A constant is the setting of the same name in lower case, but for these.
 RENAMED = {"MODEL_NAME": "model_name_or_path", "PER_DEVICE_BATCH_SIZE": "per_device_train_batch_size"}
 OUR_DEFAULTS = {  # where a good run differs from TRL's defaults
-    "use_peft": True, "lora_target_modules": "all-linear", "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True,
+    "use_peft": True, "lora_target_modules": "all-linear", "use_bnb_nested_quant": True,
     "eval_strategy": "steps", "save_total_limit": 2, "logging_first_step": True,
-    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    "gradient_accumulation_steps": None, "per_device_eval_batch_size": None,  # check_batch derives them
     "logging_nan_inf_filter": False,  # it would hide a loss that is not finite; we stop at one
     "ddp_find_unused_parameters": False,  # every adapter weight gets a gradient
     "ddp_timeout": 7200,  # seconds: a slow first tokenization must not trip the processes that wait for it
@@ -120,7 +119,7 @@ class Settings:
     """What TRL has no name for; all else is in trl.ScriptArguments, trl.ModelConfig and trl.DPOConfig."""
 
     global_batch_size: int | None = HfArg(default=None, help="pairs per optimizer step over all processes")
-    eval_pairs: int | None = HfArg(default=None, help="pairs held out when the data set has no test split")
+    eval_pairs: int = HfArg(default=0, help="pairs held out when the data set has no test split")
     share_prefixes: bool = HfArg(default=True, help="compute each pair's common prefix once, and no padding")
     reference: Literal["auto", "copy", "adapter"] = HfArg(default="auto", help="auto: adapter off, or the SFT adapter "
         "if that is the start; copy: a second, frozen model; adapter: a frozen copy of the starting adapter")
@@ -133,85 +132,64 @@ class Settings:
     overwrite: bool = HfArg(default=False, help="move an earlier run in output_dir aside and start afresh")
 
 
+KINDS = (Settings, trl.ScriptArguments, trl.ModelConfig, trl.DPOConfig)
+OPTIONAL = {name for kind in KINDS for name, hint in get_type_hints(kind).items() if type(None) in get_args(hint)}
 OBJECTIVES = {  # loss_type: what it does to the margin or the rewards, and where it is from
     "sigmoid": "logistic loss, DPO (arXiv 2305.18290, eq. 7)", "hinge": "hinge loss, SLiC (arXiv 2305.10425)",
     "ipo": "squared distance of the mean gap from 1/(2 beta), IPO (arXiv 2310.12036, eq. 17)",
-    "robust": "logistic loss unbiased by flipped labels (arXiv 2403.00409)",
+    "robust": "logistic loss unbiased by flipped labels (arXiv 2403.00409)", "sft": "cross-entropy of chosen",
     "exo_pair": "reverse KL, EXO (arXiv 2402.00856)", "nca_pair": "noise contrast, NCA (arXiv 2402.05369)",
+    "sppo_hard": "squared distance to win or loss, SPPO (arXiv 2405.00675)", "discopop": "DiscoPOP (arXiv 2406.08414)",
     "bco_pair": "binary classifier, BCO (arXiv 2404.04656)", "aot": "sorted margins, AOT (arXiv 2406.05882)",
-    "sppo_hard": "squared distance to win or loss, SPPO (arXiv 2405.00675)", "sft": "cross-entropy of chosen",
     "aot_unpaired": "sorted rewards, AOT (arXiv 2406.05882)", "apo_down": "both down, APO (arXiv 2408.06266)",
-    "apo_zero": "chosen up, rejected down, APO (arXiv 2408.06266)", "discopop": "DiscoPOP (arXiv 2406.08414)",
+    "apo_zero": "chosen up, rejected down, APO (arXiv 2408.06266)",
     "sigmoid_norm": "logistic loss per token (arXiv 2405.14734)",
 }
-RANGES = {  # setting: lowest, highest, usual
-    "beta": (1e-6, 100, 0.1), "learning_rate": (1e-12, 1e6, 5e-6), "warmup_steps": (0, 1e9, 0.1), "seed": (0, 2e9, 42),
-    "label_smoothing": (0, 0.4999, 0.1), "num_train_epochs": (1e-6, 1e6, 1), "max_steps": (-1, 1e12, -1),
-    "lora_r": (1, 1e5, 32), "lora_alpha": (1, 1e6, 32), "lora_dropout": (0, 0.999, 0), "max_length": (2, 1e9, 2048),
-    "global_batch_size": (1, 1e9, 64), "per_device_train_batch_size": (1, 1e6, 4), "eval_pairs": (0, 1e9, 500),
-    "per_device_eval_batch_size": (1, 1e6, 4), "gradient_accumulation_steps": (1, 1e6, 1),
-    "max_grad_norm": (0, 1e9, 1), "sample_prompts": (0, 1e6, 8), "logging_steps": (1e-6, 1e9, 10),
-    "eval_steps": (1e-6, 1e9, 100), "save_steps": (1e-6, 1e9, 100),
-    "save_total_limit": (2, 1e9, 2),  # the older one goes before the new one is known to be whole
+RANGES = {  # where a number must lie: settings
+    pd.Interval(0, math.inf, "neither"): "beta learning_rate num_train_epochs logging_steps eval_steps save_steps",
+    pd.Interval(1, math.inf, "left"): "global_batch_size per_device_train_batch_size per_device_eval_batch_size "
+                                      "gradient_accumulation_steps lora_r lora_alpha max_length",
+    pd.Interval(0, math.inf, "left"): "eval_pairs sample_prompts warmup_steps max_grad_norm seed",
+    pd.Interval(0, 0.5, "left"): "label_smoothing", pd.Interval(0, 1, "left"): "lora_dropout",
+    pd.Interval(2, math.inf, "left"): "save_total_limit",  # the older goes before the new one is known to be whole
 }
-PATHS = ("model_name_or_path", "dataset_name", "ref_model_name_or_path", "output_dir")
-LOCAL = r"^$|^[./~]|/.*/|\.(jsonl?|parquet|csv)$"  # what else names a model or a data set is the hub's owner/name
+FIXED = {  # only value: settings that would otherwise be ignored, run an author's code, or break what this file promises
+    False: "auto_find_batch_size dataset_streaming padding_free push_to_hub save_only_model sync_ref_model "
+           "trust_remote_code use_liger_kernel",
+    None: "hub_token model_init_kwargs resume_from_checkpoint",
+    True: "use_peft eval_do_concat_batches", "random": "train_sampling_strategy", "keep_start": "truncation_mode",
+}
+PATHS = ("model_name_or_path", "dataset_name", "output_dir", "ref_model_name_or_path")
 RULES = (  # setting, when its value v is wrong beside all settings s, why, and what to do
-    ("loss_type", lambda v, s: not v or set(v) - set(OBJECTIVES), f"is unknown; one of {', '.join(OBJECTIVES)}"),
-    ("loss_weights", lambda v, s: v and (len(v) != len(s.loss_type) or not np.isfinite(v).all()),
-     "must be one number for each loss_type; mend the list"),
+    ("loss_type", lambda v, s: {*v} - {*OBJECTIVES}, f"is unknown; one of {', '.join(OBJECTIVES)}"),
     ("label_smoothing", lambda v, s: v and not {"robust", "exo_pair", "aot", "aot_unpaired"}.intersection(s.loss_type),
      "is for robust, exo_pair, aot and aot_unpaired; leave it out"),
-    ("label_smoothing", lambda v, s: not v and "exo_pair" in s.loss_type, "must be above 0; 1e-3"),
+    ("label_smoothing", lambda v, s: not v and "exo_pair" in s.loss_type, "must be above 0 for exo_pair; 1e-3"),
     ("discopop_tau", lambda v, s: v != 0.05 and "discopop" not in s.loss_type, "is for discopop; leave it out"),
     ("lora_dropout", lambda v, s: v and s.disable_dropout, "has no effect; add `disable_dropout: false`"),
     ("ref_model_name_or_path", lambda v, s: v and s.reference != "copy", "has no effect; add `reference: copy`"),
     ("reference", lambda v, s: v == "adapter" and s.fresh_adapter, "copies what fresh_adapter merges; auto"),
-    ("use_peft", lambda v, s: not v, "is another program's work; `trl dpo` trains all weights"),
-    ("merge", lambda v, s: v and (s.load_in_4bit or s.load_in_8bit), "needs a bf16 base; README, 'Merging', says how"),
     *((name, lambda v, s: v and (is_sharded() or s.fsdp or s.deepspeed), "needs a model in one piece; leave it out")
       for name in ("precompute_ref_log_probs", "merge")),
     ("fresh_adapter", lambda v, s: v and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3",
      "cannot be merged while ZeRO-3 shards its base; use fsdp2.yaml, or merge it first"),
-    ("train_sampling_strategy", lambda v, s: v not in ("random", "sequential"), "weighs pairs unequally; random"),
-    ("truncation_mode", lambda v, s: v != "keep_start", "would cut prompts; keep_start"),
-    ("eval_do_concat_batches", lambda v, s: not v, "breaks the exact evaluation; leave it out"),
-    ("trust_remote_code", lambda v, s: v, "would run its author's code; use a model that transformers knows"),
-    ("hub_token", lambda v, s: v, "would be written to a file; use `hf auth login`, or the environment's HF_TOKEN"),
-    ("dataset_streaming", lambda v, s: v, "cannot be checked and split beforehand; leave it out"),
-    ("auto_find_batch_size", lambda v, s: v, "would change the global batch; lower per_device_train_batch_size"),
-    ("resume_from_checkpoint", lambda v, s: v, "follows from what output_dir holds; the same command continues"),
-    ("padding_free", lambda v, s: v, "is ignored by TRL; `share_prefixes: true` pads nothing"),
-    ("save_strategy", lambda v, s: v not in ("steps", "epoch"), "would leave nothing to resume from; steps"),
-    ("push_to_hub", lambda v, s: v, "would push before all is written; afterwards, `hf upload NAME OUTPUT_DIR`"),
-    *((f"torch_compile_{part}", lambda v, s: v and not s.torch_compile, "has no effect; add `torch_compile: true`")
-      for part in ("backend", "mode")),
-    ("save_only_model", lambda v, s: v, "would leave nothing to resume from; leave it out"),
-    ("use_liger_kernel", lambda v, s: v, "is deprecated in TRL; leave it out"),
-    ("model_init_kwargs", lambda v, s: v, "is for models that TRL loads; dtype, attn_implementation, model_revision"),
-    ("report_to", lambda v, s: {*np.atleast_1d(v).tolist()} - {"none", "all", "tensorboard", "wandb", "trackio"},
-     "is unknown; tensorboard, wandb, trackio, all or none"),
-    ("sync_ref_model", lambda v, s: v, "cannot work with an adapter; leave it out"),
-    *((name, lambda v, s: v is None, "is empty; give a value, or leave it out")
-      for name in ("model_name_or_path", "dataset_name", "reference", "dtype")),
-    *((name, lambda v, s: v is not None and re.search(LOCAL, v) and not os.path.exists(v),
-       "there is no such file or folder; check the path") for name in PATHS[:3]),
-    ("output_dir", lambda v, s: not v or not can_write(v), "is not a folder that can be written; choose another"),
+    ("merge", lambda v, s: v and (s.load_in_4bit or s.load_in_8bit), "needs a bf16 base; README, 'Merging', says how"),
+    *((name, lambda v, s: not v, "is empty; give a name or a path") for name in PATHS[:3]),
+    *((name, lambda v, s: re.search(r"^[./~]|/.*/|\.(jsonl?|parquet|csv)$", v or "") and not os.path.exists(v),
+       "there is no such file or folder; check the path") for name in PATHS if name != "output_dir"),
+    ("output_dir", lambda v, s: v and not can_write(v), "is not a folder that can be written; choose another"),
 )
 MACHINE_RULES = (  # the same, of what the machine must have
     ("use_cpu", lambda v, s: not v and not torch.cuda.is_available(),
-     "no CUDA GPU; `python dpotrainer.py --config configs/quickstart.yaml` runs anywhere, "
-     "`--use_cpu true` serves tiny models"),
+     "no CUDA GPU; `python dpotrainer.py --config configs/quickstart.yaml` runs anywhere"),
     ("use_cpu", lambda v, s: not v and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ,
-     "several GPUs but one process; CUDA_VISIBLE_DEVICES=0 uses one, "
-     "`accelerate launch --config_file configs/accelerate/ddp.yaml dpotrainer.py` all"),
-    ("bf16", lambda v, s: v and not s.use_cpu and torch.cuda.is_available()
-     and not torch.cuda.is_bf16_supported(including_emulation=False),
-     "needs an Ampere GPU (2020) or newer; `--bf16 false --fp16 true --dtype float16`"),
-    *(("report_to", lambda v, s, name=name: name in np.atleast_1d(v) and not importlib.util.find_spec(name),
-       f"is not installed; `pip install {name}`") for name in ("tensorboard", "wandb", "trackio")),
-    *((name, lambda v, s: (v is True or re.search(r"bnb|paged|lion|ademamix|adamw_8bit", str(v)))
-       and not importlib.util.find_spec("bitsandbytes"), "needs bitsandbytes; `pip install bitsandbytes`")
+     "several GPUs but one process; `accelerate launch --config_file configs/accelerate/ddp.yaml dpotrainer.py`"),
+    ("bf16", lambda v, s: v and torch.cuda.is_available() and not (s.use_cpu or torch.cuda.is_bf16_supported(False)),
+     "needs an Ampere GPU (2020) or newer; `--bf16 false --fp16 true --dtype float16`"),  # False: not by emulation
+    ("report_to", lambda v, s: not all(name in ("all", "none") or find_spec(name) for name in np.atleast_1d(v)),
+     "is not installed; `pip install tensorboard`, `pip install wandb` or `pip install trackio`"),
+    *((name, lambda v, s: re.search("True|bnb|paged|lion|ademamix|adamw_8bit", str(v))
+       and not find_spec("bitsandbytes"), "needs bitsandbytes; `pip install bitsandbytes`")
       for name in ("load_in_4bit", "load_in_8bit", "optim")),
 )
 # fmt: on
@@ -243,107 +221,84 @@ def can_write(folder: str) -> bool:
     return os.access(f"{there}/", os.W_OK | os.X_OK)  # with a slash, a file is refused
 
 
+def read_yaml(path: str | None) -> dict[str, Any]:
+    try:
+        return {**yaml.safe_load(Path(path).read_text(encoding="utf-8"))} if path else {}
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"--config {path}: {why}; give a file of lines such as `beta: 0.1`") from None
+
+
 def as_flags(settings: dict[str, Any]) -> list[list[str]]:
     """A mapping as the flags that say the same, [["--beta=0.1"], ...], so that all layers pass the same checks."""
     texts = {name: json.dumps(v) if isinstance(v, dict) else v for name, v in settings.items()}
     return [[f"--{name}", *map(str, v)] if isinstance(v, list) else [f"--{name}={v}"] for name, v in texts.items()]
 
 
-def read_flag(parser, s: argparse.Namespace, layer: str, words: list[str]) -> str:
-    """Set in s what one flag such as ["--beta", "0.1"] says, or return what is wrong with it."""
-    flag, _, value = words[0].partition("=")
-    name = flag.removeprefix("--").replace("-", "_")
-    s.given[name] = layer
-    if value == "None" and flag in parser._option_string_actions:  # null in YAML, for which not all types have a word
-        setattr(s, name, None)
-        return ""
-    try:
-        unknown = parser.parse_known_args(words, s)[1]
-    except argparse.ArgumentError as error:
-        return f"{layer}: {error}"
-    match = difflib.get_close_matches(name.lower(), vars(s), n=1, cutoff=0.5)
-    hint = f"did you mean {match[0]}?" if match else "`--help` lists all"
-    return f"{layer}: {unknown[0]!r} is not a setting; {hint}" if unknown else ""
-
-
-def read_yaml(config: str) -> dict[str, Any]:
-    """The settings in a YAML file; what it has under `env` is put into the environment, as `trl dpo` does."""
-    try:
-        content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-        os.environ |= {name: str(value) for name, value in content.pop("env", {}).items()}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
-        why = " ".join(str(error).split())
-        raise UserError(f"--config {config}: {why}; give a file of lines such as `beta: 0.1`") from None
-    return content
-
-
 def parse_settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Constants, then the YAML file, then flags, as one flat namespace, and all problems found on the way.
-
-    It holds every field of Settings, ScriptArguments, ModelConfig and DPOConfig; `given` tells which layer set it.
-    """
+    """Constants, then the YAML file, then flags: one namespace of every field of KINDS, and all problems found."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", help="YAML file of settings, by the names below")
     file, argv = first.parse_known_args(argv)
-    kinds = (Settings, trl.ScriptArguments, trl.ModelConfig, trl.DPOConfig)
-    parser = trl.TrlParser(kinds, parents=[first], allow_abbrev=False, exit_on_error=False)
-    parser.set_defaults_with_config(**OUR_DEFAULTS)
+    block = Path(__file__).read_text(encoding="utf-8").split("end of edits")[0]
+    names = re.findall(r"^([A-Z]\w*) *[:=]", block, flags=re.M)  # misspelt ones too, to be refused like any setting
+    constants = {RENAMED.get(name, name.lower()): globals()[name] for name in names}
+    parser = trl.TrlParser(KINDS, parents=[first], allow_abbrev=False, exit_on_error=False)
     parser._option_string_actions["--report_to"].nargs = "+"  # its type is a text or a list of texts
-    s = parser.parse_args([], argparse.Namespace(given={}))
-    source = Path(__file__).read_text(encoding="utf-8").split("\nRENAMED = ")[0]
-    names = re.findall(r"^([A-Z]\w*) *[:=]", source, flags=re.M)  # misspelt ones too, to be refused like any setting
-    constants = {RENAMED.get(name, name.lower()): vars(sys.modules[__name__])[name] for name in names}
+    parser.set_defaults_with_config(**OUR_DEFAULTS)
+    s, problems = parser.parse_args([]), []
     parser.set_defaults_with_config(**constants)  # for --help
+    in_file = read_yaml(file.config)
+    if in_file.get("gradient_accumulation_steps"):  # a file for `trl dpo` keeps its meaning
+        constants.pop("global_batch_size", None)
+    values = constants | in_file
+    nulls = [name for name in values if values[name] is None and (name in OPTIONAL or vars(s).get(name, "") is None)]
+    vars(s).update({name: values.pop(name) for name in nulls})  # no flag can say it
     starts = [i for i, word in enumerate(argv) if i == 0 or word.startswith("--")]
-    layers = {
-        "constants": as_flags(constants),
-        file.config: as_flags(read_yaml(file.config) if file.config else {}),
-        "command line": [argv[i:j] for i, j in itertools.pairwise([*starts, len(argv)])],
-    }
-    problems = [read_flag(parser, s, layer, words) for layer, flags in layers.items() for words in flags]
+    flags = [argv[i:j] for i, j in itertools.pairwise([*starts, len(argv)])]
+    for words in as_flags(values) + flags:
+        try:
+            unknown = parser.parse_known_args(words, s)[1]
+        except argparse.ArgumentError as error:
+            problems.append(str(error))
+            continue
+        if unknown:
+            closest = difflib.get_close_matches(words[0].partition("=")[0], vars(s), n=1, cutoff=0)[0]
+            problems.append(f"{' '.join(words)}: {unknown[0]!r} is not a setting; did you mean {closest}?")
     for name in PATHS:
         setattr(s, name, getattr(s, name) and os.path.expanduser(getattr(s, name)))
     del s.config
-    return s, list(filter(None, problems))
-
-
-def find_broken(s: argparse.Namespace, rules: tuple) -> list[str]:
-    shown = vars(s) | {"hub_token": "***"}
-    return [f"{name}={shown[name]}: {text}" for name, is_wrong, text in rules if is_wrong(getattr(s, name), s)]
+    return s, problems
 
 
 def check_batch(s: argparse.Namespace) -> list[str]:
-    """Derive gradient accumulation from global_batch_size, or say which sizes would divide it."""
-    world, given = int(os.environ.get("WORLD_SIZE", "1")), s.given.get("gradient_accumulation_steps")
-    per_pass = s.per_device_train_batch_size * world
-    if "per_device_eval_batch_size" not in s.given:
-        s.per_device_eval_batch_size = s.per_device_train_batch_size
-    if given not in (None, "constants") and s.given.get("global_batch_size") in (None, "constants"):
-        s.global_batch_size = per_pass * s.gradient_accumulation_steps  # a file for `trl dpo` keeps its meaning
-    steps, rest = divmod(s.global_batch_size, per_pass)
-    if rest:
-        sizes = [n for n in range(1, min(s.global_batch_size, 999) + 1) if s.global_batch_size % (n * world) == 0]
-        fix = f"per_device_train_batch_size one of {sizes}" if sizes else f"a multiple of {world}"
-        passes = f"{s.per_device_train_batch_size} per device x {world} processes"
-        return [f"global_batch_size={s.global_batch_size}: is no multiple of {passes}; {fix}"]
-    if given and s.gradient_accumulation_steps != steps:
-        text = f"is {steps} by global_batch_size; leave one of them out"
-        return [f"gradient_accumulation_steps={s.gradient_accumulation_steps}: {text}"]
-    s.gradient_accumulation_steps = steps
-    return []
+    """Derive gradient accumulation from global_batch_size, or say which batches per device would divide it."""
+    size, passes, world = s.per_device_train_batch_size, s.gradient_accumulation_steps, int(os.getenv("WORLD_SIZE", 1))
+    s.per_device_eval_batch_size = s.per_device_eval_batch_size or size
+    s.global_batch_size = s.global_batch_size or size * (passes or 1) * world
+    s.gradient_accumulation_steps = passes or s.global_batch_size // (size * world)
+    if s.global_batch_size == size * s.gradient_accumulation_steps * world:
+        return []
+    sizes = [n for n in range(1, 1000) if s.global_batch_size % (n * world) == 0]
+    fix = f"one of {sizes} per device" if sizes else f"a multiple of {world}"
+    made = f"{size} per device x {passes or 'any'} accumulation x {world} processes"
+    return [f"global_batch_size={s.global_batch_size}: is not {made}; leave accumulation out, and take {fix}"]
+
+
+def find_broken(s: argparse.Namespace, rules: tuple) -> list[str]:
+    return [f"{name}={getattr(s, name)}: {text}" for name, is_wrong, text in rules if is_wrong(getattr(s, name), s)]
 
 
 def check_settings(s: argparse.Namespace) -> list[str]:
     """Everything that is wrong with the settings, each with its fix, before anything is downloaded or written."""
-    s.loss_type = s.loss_type or []  # null in YAML
-    off = [name for name in ("max_length", "eval_steps") if getattr(s, name) is None]
-    problems = [f"{name}={value}: must lie between {low:g} and {high:g}; {usual:g} is usual"
-                for name, (low, high, usual) in RANGES.items() if name not in off
-                and ((value := getattr(s, name)) is None or not low <= value <= high)]  # fmt: skip
-    problems += (check_batch(s) if not problems else []) + find_broken(s, RULES)
-    if not problems:
-        trl.ModelConfig.__post_init__(s)  # a single one of lora_target_modules may be a pattern, or "all-linear"
-    return problems
+    found = vars(s)
+    problems = [f"{name}={found[name]}: must lie in {right}" for right, names in RANGES.items()
+                for name in names.split() if found[name] is not None and found[name] not in right]  # fmt: skip
+    problems += check_batch(s) if not problems else []
+    problems += [f"{name}: must be {value}, or the batch, evaluation, resume or safety promised is lost; leave it out"
+                 for value, names in FIXED.items() for name in names.split() if found[name] != value]  # fmt: skip
+    trl.ModelConfig.__post_init__(s)  # a single one of lora_target_modules may be a pattern, or "all-linear"
+    return problems + find_broken(s, RULES)
 
 
 # --------------------------------------------------------------------------------------------------------- preferences
@@ -1245,7 +1200,7 @@ def write_file(path: Path, text: str) -> None:
 
 def settings_yaml(s: argparse.Namespace) -> str:
     """What makes the run what it is, a line each: versions, pairs, sharding, settings. `--config` repeats it."""
-    left_out = ("given", "planned_steps", "pairs", "gradient_accumulation_steps", "overwrite", "dry_run")
+    left_out = ("planned_steps", "pairs", "gradient_accumulation_steps", "overwrite", "dry_run")
     values = {name: value for name, value in vars(s).items() if name not in left_out and value != []}
     packages = (torch, transformers, trl, peft, datasets, accelerate)
     made = ", ".join(f"{package.__name__} {package.__version__}" for package in packages)

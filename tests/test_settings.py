@@ -7,10 +7,12 @@ import shutil
 import socket
 import sys
 import time
+from typing import get_type_hints
 
 import pytest
 import tiny
 import torch
+import trl
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
@@ -138,13 +140,12 @@ def test_a_misspelt_constant_is_refused(tmp_path, refuse):
     assert "betta=0.1" in message and "did you mean beta?" in message
 
 
-@pytest.mark.parametrize("name, setting", [("GLOBAL_BATCH_SIZE", "global_batch_size"), ("EVAL_PAIRS", "eval_pairs")])
-def test_a_constant_that_was_taken_out_is_missed(name, setting, tmp_path, inputs, capsys):
-    program = edit_constants(tmp_path, **{name: f"# {name}"})
-    flags = [flag for flag in tiny.settings(*inputs, tmp_path / "out") if flag]
-    at = flags.index(f"--{setting}")
-    assert program.main(flags[:at] + flags[at + 2 :]) == 2
-    assert f"{setting}=None: must lie between" in capsys.readouterr().err
+def test_without_a_global_batch_size_the_batch_is_as_in_trl(tmp_path, flags):
+    at = flags.index("--global_batch_size")
+    program = edit_constants(tmp_path, GLOBAL_BATCH_SIZE="# GLOBAL_BATCH_SIZE")
+    more = ["--gradient_accumulation_steps", "3"]
+    settings, problems = program.parse_settings([*flags[:at], *flags[at + 2 :], *more])
+    assert problems == program.check_settings(settings) == [] and settings.global_batch_size == 12
 
 
 def test_other_settings_may_stand_among_the_constants(tmp_path, refuse):
@@ -153,7 +154,7 @@ def test_other_settings_may_stand_among_the_constants(tmp_path, refuse):
     assert problems == [] and dpotrainer.check_batch(settings) == []
     assert (settings.weight_decay, settings.per_device_eval_batch_size) == (0.25, 3)
     program = edit_constants(tmp_path, BETA="BETA = 0.1\nGRADIENT_ACCUMULATION_STEPS = 3")
-    assert "gradient_accumulation_steps=3: is 1 by global_batch_size; leave one" in refuse(program=program)
+    assert "is not 4 per device x 3 accumulation x 1 processes" in refuse(program=program)
 
 
 def test_the_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
@@ -170,7 +171,7 @@ def test_a_constant_too_many_is_refused(tmp_path, refuse):
 def test_a_misspelt_setting_is_refused_with_the_closest(wrong, right, tmp_path, refuse):
     assert f"did you mean {right}?" in refuse(f"--{wrong}", "8")
     message = refuse("--config", write_yaml(tmp_path / "my.yaml", **{wrong: 8}))
-    assert wrong in message and f"did you mean {right}?" in message and "my.yaml" in message
+    assert wrong in message and f"did you mean {right}?" in message
 
 
 @pytest.mark.parametrize("short", ["--bet", "--model_name", "--learning_rat", "--conf", "-b"])
@@ -207,20 +208,20 @@ def test_a_wrong_type_in_a_constant_is_refused(tmp_path, refuse):
     assert "beta" in message and "a lot" in message
 
 
-@pytest.mark.parametrize(
-    "text", ["beta: [0.1", "env: 3", "\tbeta: 1", "- beta\n- 0.1\n", "beta 0.1", "", "3", "a: &a [*a]"]
-)
+@pytest.mark.parametrize("text", ["beta: [0.1", "\tbeta: 1", "- beta\n- 0.1\n", "beta 0.1", "", "3"])
 def test_yaml_that_is_no_mapping_is_refused(text, tmp_path, refuse):
     file = tmp_path / "my.yaml"
     file.write_text(text)
     assert "my.yaml" in refuse("--config", file)
 
 
-def test_env_of_a_file_written_for_trl_is_set(tmp_path, monkeypatch):
-    monkeypatch.setenv("DPO_TEST", "before")
-    file = write_yaml(tmp_path / "my.yaml", env={"DPO_TEST": 3}, beta=0.2)
-    settings, problems = dpotrainer.parse_settings(["--config", str(file)])
-    assert problems == [] and settings.beta == 0.2 and os.environ["DPO_TEST"] == "3" and not hasattr(settings, "env")
+def test_every_default_may_be_written_to_a_file(tmp_path):
+    defaults = vars(dpotrainer.parse_settings([])[0])
+    given = {name: value for name, value in defaults.items() if value != []}
+    settings, problems = dpotrainer.parse_settings(["--config", str(write_yaml(tmp_path / "all.yaml", **given))])
+    assert problems == dpotrainer.check_settings(settings) == [] and settings.lora_target_modules == "all-linear"
+    derived = ("per_device_eval_batch_size", "gradient_accumulation_steps")
+    assert all(vars(settings)[name] in (value, [value]) for name, value in given.items() if name not in derived)
 
 
 def test_a_config_that_cannot_be_read_is_refused(tmp_path, refuse):
@@ -231,7 +232,7 @@ def test_a_config_that_cannot_be_read_is_refused(tmp_path, refuse):
 
 
 def all_settings() -> list[str]:
-    return [name for name in vars(dpotrainer.parse_settings([])[0]) if name != "given"]
+    return list(vars(dpotrainer.parse_settings([])[0]))
 
 
 @pytest.mark.parametrize("value", ["@@", "-1", "", "[", "{", "{}", "nan", "None"])
@@ -259,12 +260,12 @@ def test_null_for_any_setting_is_taken_or_refused(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------- values that are refused
-@pytest.mark.parametrize("name", dpotrainer.RANGES)
-def test_every_range_is_checked(name, refuse):
-    low, high, _ = dpotrainer.RANGES[name]
-    is_whole = isinstance(getattr(dpotrainer.parse_settings([])[0], name), int)
-    values = [low - 1, 10 * high + 1]
-    for value in [int(v) for v in values] if is_whole else [*values, "nan", "inf"]:
+@pytest.mark.parametrize(
+    "name, right", [(name, right) for right, names in dpotrainer.RANGES.items() for name in names.split()]
+)
+def test_every_range_is_checked(name, right, refuse):
+    is_whole = "int" in str({**get_type_hints(dpotrainer.Settings), **get_type_hints(trl.DPOConfig)}.get(name, "int"))
+    for value in [right.left - 1] if is_whole else [right.left - 1, right.right, "nan"]:
         message = refuse(f"--{name}={value}", "--loss_type", "robust", "--disable_dropout", "false")
         assert message.startswith(f"dpotrainer: {name}=") and message.count("\n") == 1
 
@@ -278,7 +279,7 @@ def test_every_range_is_checked(name, refuse):
         "--label_smoothing=0.5",
         "--lora_r=0",
         "--learning_rate=0",
-        "--max_length=1",
+        "--max_length=0",
         "--global_batch_size=0",
         "--eval_pairs=-1",
         "--logging_steps=0",
@@ -288,52 +289,40 @@ def test_every_range_is_checked(name, refuse):
 )
 def test_values_that_the_issue_names_are_refused(flag, refuse):
     more = ["--loss_type", "robust"] if "smoothing" in flag else []
-    assert flag.removeprefix("--").split("=")[0] in refuse(flag, *more)
+    assert f"{flag.removeprefix('--').split('=')[0]}=" in refuse(flag, *more)
+
+
+OTHER = {False: "true", True: "false", None: "hf_secret", "random": "group_by_length", "keep_start": "keep_end"}
+
+
+@pytest.mark.parametrize(
+    "name, only", [(name, value) for value, names in dpotrainer.FIXED.items() for name in names.split()]
+)
+def test_what_would_be_ignored_or_break_a_run_is_refused(name, only, refuse):
+    message = refuse(f"--{name}={OTHER[only]}")
+    assert f"{name}: must be {only}, or" in message and "hf_secret" not in message
+    assert getattr(dpotrainer.parse_settings([])[0], name) == only
 
 
 CLASHES = [  # setting, flags that make it clash, the environment that goes with them
     ("loss_type", ["--loss_type", "sigmoid", "typo"], {}),
-    ("loss_weights", ["--loss_weights", "1", "2"], {}),
-    ("loss_weights", ["--loss_type", "sigmoid", "sft", "--loss_weights", "1", "nan"], {}),
     ("label_smoothing", ["--label_smoothing", "0.1"], {}),
     ("label_smoothing", ["--loss_type", "hinge", "ipo", "--label_smoothing", "0.1"], {}),
     ("label_smoothing", ["--loss_type", "exo_pair"], {}),
     ("discopop_tau", ["--discopop_tau", "0.1"], {}),
+    ("lora_dropout", ["--lora_dropout", "0.1"], {}),
     ("ref_model_name_or_path", ["--ref_model_name_or_path", "some/model"], {}),
-    ("sync_ref_model", ["--sync_ref_model", "true"], {}),
-    ("save_strategy", ["--save_strategy", "no"], {}),
-    ("push_to_hub", ["--push_to_hub", "true"], {}),
-    ("torch_compile_backend", ["--torch_compile_backend", "inductor"], {}),
-    ("torch_compile_mode", ["--torch_compile_mode", "default"], {}),
-    ("report_to", ["--report_to", "tensorbord"], {}),
-    ("report_to", ["--report_to", "none", "mlflow"], {}),
-    ("use_peft", ["--use_peft", "false"], {}),
-    ("merge", ["--merge", "true", "--load_in_4bit", "true"], {}),
-    ("merge", ["--merge", "true", "--load_in_8bit", "true"], {}),
-    ("merge", ["--merge", "true"], {"ACCELERATE_USE_FSDP": "true"}),
+    ("reference", ["--reference", "adapter", "--fresh_adapter", "true"], {}),
     ("precompute_ref_log_probs", ["--precompute_ref_log_probs", "true"], {"ACCELERATE_USE_FSDP": "true"}),
     ("precompute_ref_log_probs", ["--precompute_ref_log_probs", "true"], {"ACCELERATE_USE_DEEPSPEED": "true"}),
+    ("merge", ["--merge", "true"], {"ACCELERATE_USE_FSDP": "true"}),
     ("fresh_adapter", ["--fresh_adapter", "true"], {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}),
-    ("lora_dropout", ["--lora_dropout", "0.1"], {}),
-    ("padding_free", ["--padding_free", "true"], {}),
-    ("truncation_mode", ["--truncation_mode", "keep_end"], {}),
-    ("train_sampling_strategy", ["--train_sampling_strategy", "batch_rebalance"], {}),
-    ("train_sampling_strategy", ["--train_sampling_strategy", "group_by_length"], {}),
-    ("eval_do_concat_batches", ["--eval_do_concat_batches", "false"], {}),
-    ("reference", ["--reference", "adapter", "--fresh_adapter", "true"], {}),
-    ("model_init_kwargs", ["--model_init_kwargs", '{"a": 1}'], {}),
-    ("trust_remote_code", ["--trust_remote_code", "true"], {}),
-    ("hub_token", ["--hub_token", "hf_secret"], {}),
-    ("dataset_streaming", ["--dataset_streaming", "true"], {}),
-    ("auto_find_batch_size", ["--auto_find_batch_size", "true"], {}),
-    ("resume_from_checkpoint", ["--resume_from_checkpoint", "x"], {}),
-    ("save_only_model", ["--save_only_model", "true"], {}),
-    ("use_liger_kernel", ["--use_liger_kernel", "true"], {}),
-    ("model_name_or_path", ["--model_name_or_path=None"], {}),
-    ("dataset_name", ["--dataset_name=None"], {}),
-    ("reference", ["--reference=None"], {}),
-    ("dtype", ["--dtype=None"], {}),
+    ("merge", ["--merge", "true", "--load_in_4bit", "true"], {}),
+    ("merge", ["--merge", "true", "--load_in_8bit", "true"], {}),
+    ("model_name_or_path", ["--model_name_or_path="], {}),
+    ("dataset_name", ["--dataset_name="], {}),
     ("output_dir", ["--output_dir="], {}),
+    ("output_dir", ["--output_dir=/dev/null/out"], {}),
     ("model_name_or_path", ["--model_name_or_path", "./nowhere"], {}),
     ("dataset_name", ["--dataset_name", "./nowhere"], {}),
     ("ref_model_name_or_path", ["--ref_model_name_or_path", "./nowhere", "--reference", "copy"], {}),
@@ -366,12 +355,12 @@ def test_what_trl_itself_refuses_is_told_as_a_problem(refuse):
     assert "8 bit and 4 bit" in refuse("--load_in_4bit", "true", "--load_in_8bit", "true")
 
 
-def test_a_token_is_not_repeated_in_the_message(refuse):
-    assert "hf_secret" not in refuse("--hub_token", "hf_secret")
+def test_losses_with_too_few_or_too_many_weights_are_refused(refuse):
+    assert "2 weights for 1 loss types" in refuse("--loss_weights", "1", "2")
 
 
 @pytest.mark.parametrize("name", ["model_name_or_path", "dataset_name", "ref_model_name_or_path"])
-@pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "~/nowhere", "two/folders/deep", ""])
+@pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "~/nowhere", "two/folders/deep"])
 def test_paths_that_do_not_exist_are_refused(name, path, refuse, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert f"{name}={os.path.expanduser(path)}: " in refuse(f"--{name}={path}", "--reference", "copy")
@@ -431,7 +420,7 @@ def test_a_batch_that_does_not_divide_names_what_does(refuse, monkeypatch):
 
 def test_a_batch_given_twice_must_agree(refuse, plan):
     words = ["--global_batch_size", "8", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps"]
-    assert "gradient_accumulation_steps=3" in refuse(*words, "3")
+    assert "global_batch_size=8: is not 2 per device x 3 accumulation" in refuse(*words, "3")
     assert "8 pairs = 2 per device x 4 accumulation x 1 process" in plan(*words, "4")
 
 
@@ -482,6 +471,7 @@ def test_several_gpus_but_one_process_is_refused(refuse, monkeypatch):
         (["--report_to", "wandb"], "wandb"),
         (["--report_to", "trackio"], "trackio"),
         (["--report_to", "tensorboard", "wandb"], "tensorboard"),
+        (["--report_to", "tensorbord"], "tensorboard"),
         (["--load_in_4bit", "true"], "bitsandbytes"),
         (["--load_in_8bit", "true"], "bitsandbytes"),
         (["--optim", "paged_adamw_8bit"], "bitsandbytes"),
@@ -489,9 +479,7 @@ def test_several_gpus_but_one_process_is_refused(refuse, monkeypatch):
     ],
 )
 def test_a_missing_optional_package_is_named(words, package, refuse, monkeypatch):
-    find = importlib.util.find_spec
-    gone = ("wandb", "trackio", "tensorboard", "bitsandbytes")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in gone else find(name, *a))
+    monkeypatch.setattr(dpotrainer, "find_spec", lambda name: None)
     assert f"pip install {package}" in refuse(*words)
 
 
@@ -601,7 +589,6 @@ def test_every_config_holds_valid_settings(path, monkeypatch):
     monkeypatch.chdir(tiny.ROOT)
     settings, problems = dpotrainer.parse_settings(["--config", str(path)])
     assert problems == [] and dpotrainer.check_settings(settings) == []
-    assert settings.given, "an empty config"
 
 
 @pytest.mark.parametrize("path", sorted((tiny.ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.name)
