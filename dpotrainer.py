@@ -1116,22 +1116,25 @@ RECENT = 5  # log lines that make "now": fewer are noise, more hide a turn
 COLUMNS = {"step": "d", "loss": ".4f", "rewards/margins": ".4f", "rewards/accuracies": ".3f", "rewards/chosen": ".4f",
            "rewards/rejected": ".4f", "pairs/s": ".2f", "learning_rate": ".2e"}  # fmt: skip
 HEADER = " ".join(f"{name.removeprefix('rewards/'):>10}" for name in COLUMNS)
-ADVICE = {  # kind: (when, in the figures n of `advise` and the settings s, and why there; what to say)
-    "flat": (lambda n, s: n.done >= 0.25 and abs(n.loss - LN2) < 0.005 and abs(n.margins) < 0.01,  # healthy: 0.1
-        "loss stays at {n.loss:.4f}: learning_rate {s.learning_rate:g} is too small, or the adapter frozen; try 10x"),
-    "labels": (lambda n, s: n.done >= 0.33 and n.accuracies < 0.55 and abs(n.margins) >= 0.01,  # healthy: 0.65
-        "accuracies stay at {n.accuracies:.2f}: are the pairs' sides swapped, alike or cut off? See `--dry_run true`"),
-    "displacement": (lambda n, s: n.margins > 0.5 and n.chosen / s.beta < -25,  # healthy runs end above -20 nats
-        "rewards/chosen fell to {n.chosen:.2f} as margins grew to {n.margins:.2f}: raise beta ({s.beta:g}), or add an "
-        "SFT term, `loss_type: [sigmoid, sft]` with `loss_weights: [1.0, 0.2]`"),
-    "overfitting": (lambda n, s: n.accuracies > 0.95 and n.best > n.eval_accuracies_high,  # of its 95% interval
-        "held-out accuracies fell from {n.best:.3f} to {n.eval_accuracies:.3f}: stop by `max_steps: {n.best_step:g}`"),
-    "divergence": (lambda n, s: n.nats > 200,  # an answer e^200 times likelier or less likely: beta no longer holds it
-        "{n.nats:.0f} nats per answer from the reference are too far: raise beta ({s.beta:g}) or lower learning_rate"),
-    "longer": (lambda n, s: n.length_ratio > 1.5,  # half as long again is more than sampling noise
-        "answers grew {n.length_ratio:.1f} times longer than the pairs': `loss_type: sigmoid_norm`, or a larger beta"),
-    "runaway": (lambda n, s: (s.loss_type == ["sigmoid"] and n.loss > 3 * LN2) or n.nats > 1000,  # untrained: ln 2
-        "stopped, loss {n.loss:.3g}, {n.nats:.0f} nats: learning_rate {s.learning_rate:g} destroys the model (5e-6?)"),
+ADVICE = {  # kind: (when, and why there; what to say), in the numbers of `advise`; no comparison with nan holds
+    "flat": (lambda n: n.done >= 0.25 and abs(n.loss - LN2) < 0.005 and abs(n.margins) < 0.01,  # healthy: 0.1
+        "loss stays at {loss:.4f}, margins at {margins:.4f}: learning_rate {lr:g} is too small for LoRA, try ten "
+        "times that, or the adapter is frozen"),
+    "labels": (lambda n: n.done >= 0.33 and n.accuracies < 0.55 and abs(n.margins) >= 0.01,  # healthy: 0.65
+        "accuracies stay at {accuracies:.2f}: are the pairs' sides swapped, alike or cut off? See `--dry_run true`"),
+    "displacement": (lambda n: n.margins > 0.5 and n.chosen / n.beta < -25,  # healthy runs end above -20 nats
+        "rewards/chosen fell to {chosen:.2f} as margins grew to {margins:.2f}: raise beta ({beta:g}), or add an SFT "
+        "term, `loss_type: [sigmoid, sft]` with `loss_weights: [1.0, 0.2]`"),
+    "overfitting": (lambda n: n.accuracies > 0.95 and n.best > n.eval_accuracies_high,  # beyond its 95% interval
+        "train accuracies are {accuracies:.2f}, held-out ones fell from {best:.3f} to {eval_accuracies:.3f}: stop at "
+        "the best, `max_steps: {best_step:g}`, or train fewer epochs"),
+    "divergence": (lambda n: n.nats > 200,  # an answer e^200 times likelier or less likely: beta no longer holds it
+        "{nats:.0f} nats per answer from the reference are too far: raise beta ({beta:g}), or lower learning_rate"),
+    "longer": (lambda n: n.length_ratio > 1.5,  # half as long again is more than sampling noise
+        "answers grew {length_ratio:.1f} times as long as the pairs ask for: try `loss_type: sigmoid_norm`"),
+    "runaway": (lambda n: n.loss > 3 * n.untrained or n.nats > 1000,  # far worse than a model that learned nothing
+        "stopped at loss {loss:.3g}, {nats:.0f} nats per answer from the reference: learning_rate {lr:g} destroys the "
+        "model, 5e-6 is usual for LoRA"),
 }  # fmt: skip
 
 
@@ -1151,8 +1154,9 @@ def advise(history: list[dict], s: argparse.Namespace, length_ratio: float = mat
     n["nats"], n["length_ratio"] = n[["chosen", "rejected"]].abs().max() / s.beta, length_ratio
     n["best"], n["best_step"] = shares.max(), (shares == shares.max()).idxmax()
     n["done"] = step / s.planned_steps if step >= 20 else 0
+    n["lr"], n["beta"], n["untrained"] = s.learning_rate, s.beta, LN2 if s.loss_type == ["sigmoid"] else math.inf
     begin = f"step {step:.0f} of {s.planned_steps}: "
-    return {kind: begin + text.format(n=n, s=s) for kind, (when, text) in ADVICE.items() if when(n, s)}
+    return {kind: begin + text.format(**n) for kind, (when, text) in ADVICE.items() if when(n)}
 
 
 def format_row(row: dict) -> str:
@@ -1205,8 +1209,8 @@ class Report(transformers.TrainerCallback):
 def draw_rewards(history: list[dict], s: argparse.Namespace, path: Path) -> None:
     """rewards.png: rewards with the margin between them, accuracies, loss; legible without colours."""
     log, share = read_log(history), "rewards/accuracies"
-    moved = log[share].where(log["rewards/margins"] != 0)  # before the first update all pairs tie
-    log[share] = moved.rolling(RECENT, min_periods=1).mean()
+    log[share] = log[share].where(log["rewards/margins"] != 0)  # before the first update all pairs tie
+    log[share] = log[share].rolling(RECENT, min_periods=1).mean()
     train = log.interpolate("index")  # over steps that were evaluated, but not logged
     figure = Figure(figsize=(13, 4), layout="constrained")
     rewards, accuracies, losses = panels = figure.subplots(1, 3)
