@@ -1132,7 +1132,7 @@ ADVICE = {  # kind: (when, and why there; what to say), in the numbers of `advis
         "{nats:.0f} nats per answer from the reference are too far: raise beta ({beta:g}), or lower learning_rate"),
     "longer": (lambda n: n.length_ratio > 1.5,  # half as long again is more than sampling noise
         "answers grew {length_ratio:.1f} times as long as the pairs ask for: try `loss_type: sigmoid_norm`"),
-    "runaway": (lambda n: n.loss > 3 * n.untrained or n.nats > 1000,  # far worse than a model that learned nothing
+    "runaway": (lambda n: n.loss > 3 * n.untrained or n.nats > 1000,  # far worse than having learned nothing
         "stopped at loss {loss:.3g}, {nats:.0f} nats per answer from the reference: learning_rate {lr:g} destroys the "
         "model, 5e-6 is usual for LoRA"),
 }  # fmt: skip
@@ -1145,18 +1145,22 @@ def read_log(history: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(history, columns=["step", *names], dtype=float).groupby("step").first()
 
 
-def advise(history: list[dict], s: argparse.Namespace, length_ratio: float = math.nan) -> dict[str, str]:
-    """{kind: sentence and figures} of the advice that the log lines so far call for."""
+def advise(history: list[dict], s: argparse.Namespace, given: dict[str, str], length_ratio: float = math.nan) -> None:
+    """Say what the log calls for, each kind once: `given` keeps it. Raises UserError, status 1, on a runaway."""
     log = read_log(history).rename(columns=lambda name: name.replace("rewards/", ""))
     if log.loss.count() < RECENT:
-        return {}
+        return
     n, step, shares = log.tail(RECENT).mean(), log.index.max(), log.eval_accuracies
     n["nats"], n["length_ratio"] = n[["chosen", "rejected"]].abs().max() / s.beta, length_ratio
     n["best"], n["best_step"] = shares.max(), (shares == shares.max()).idxmax()
     n["done"] = step / s.planned_steps if step >= 20 else 0
     n["lr"], n["beta"], n["untrained"] = s.learning_rate, s.beta, LN2 if s.loss_type == ["sigmoid"] else math.inf
-    begin = f"step {step:.0f} of {s.planned_steps}: "
-    return {kind: begin + text.format(**n) for kind, (when, text) in ADVICE.items() if when(n)}
+    for kind, (when, text) in ADVICE.items():
+        if kind not in given and when(n):
+            given[kind] = f"! step {step:.0f} of {s.planned_steps}: {text.format(**n)}"
+            if kind == "runaway":
+                raise UserError(given[kind], status=1)
+            say(given[kind])
 
 
 def format_row(row: dict) -> str:
@@ -1195,15 +1199,7 @@ class Report(transformers.TrainerCallback):
         speed = (state.global_step - step) * self.s.global_batch_size / (self.shown[1] - then)
         with tqdm.external_write_mode():  # the bar steps aside
             say(format_row(history[-1] | ({"pairs/s": speed} if "loss" in logs else {})))
-            self.give(history)
-
-    def give(self, history: list[dict], length_ratio: float = 0.0) -> None:
-        """Say what advice is new, or stop the run (UserError, status 1)."""
-        advice = advise(history, self.s, length_ratio)
-        if "runaway" in advice:
-            raise UserError(advice["runaway"], status=1)
-        say(*(f"! {text}" for kind, text in advice.items() if kind not in self.advice))
-        self.advice.update(advice | self.advice)
+            advise(history, self.s, self.advice)
 
 
 def draw_rewards(history: list[dict], s: argparse.Namespace, path: Path) -> None:
@@ -1266,7 +1262,7 @@ def show_samples(trainer: PreferenceTrainer, s: argparse.Namespace, report: Repo
     say("", *samples[1:4])
     asked = token_lengths(trainer.train_dataset)
     expected = tokens[0] * max(1, asked["chosen"].sum() / asked["rejected"].sum())
-    report.give(trainer.state.log_history, tokens[1] / expected)
+    advise(trainer.state.log_history, s, report.advice, tokens[1] / expected)
 
 
 def summarize(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) -> str:
@@ -1278,7 +1274,7 @@ def summarize(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report)
         f"{trainer.state.global_step} steps of {s.global_batch_size} pairs; this run: "
         f"{totals['train_runtime'] / 60:.1f} minutes, {totals['train_samples_per_second']:.2f} pairs/s, "
         f"peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB; all files are in {s.output_dir}",
-        HEADER, *held_out[:1], *held_out[1:][-1:], *(f"! {text}" for text in report.advice.values()),
+        HEADER, *held_out[:1], *held_out[1:][-1:], *report.advice.values(),
         f"next: merge it, `python -c \"{load}.merge_and_unload().save_pretrained('merged')\"`",
     ])  # fmt: skip
 
