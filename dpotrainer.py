@@ -1217,8 +1217,7 @@ def draw_rewards(history: list[dict], s: argparse.Namespace, path: Path) -> None
         losses.axhline(LN2, color="0.5", ls=":", label="ln 2: policy = reference")
     for axes, names in zip(panels, (["rewards/chosen", "rewards/rejected"], [share], ["loss"])):
         train[names].plot(ax=axes, style=["C0-", "C3--"], lw=2)
-        held_out = log[[f"eval_{name}" for name in names]]
-        held_out.plot(ax=axes, style=["C0o", "C3s"], mec="k", xlabel="optimizer step").legend(fontsize=8)
+        log[[f"eval_{name}" for name in names]].plot(ax=axes, style=["C0o", "C3s"], mec="k").legend(fontsize=8)
     names = f"{Path(s.model_name_or_path).name} on {Path(s.dataset_name).name}"
     figure.suptitle(f"DPO: {names}, beta {s.beta:g}, learning rate {s.learning_rate:g}; train accuracies smoothed")
     figure.savefig(path, dpi=110)
