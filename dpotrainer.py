@@ -32,7 +32,6 @@ import signal
 import sys
 import time
 import warnings
-from collections import defaultdict
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
@@ -137,12 +136,12 @@ OPTIONAL = {name for kind in KINDS for name, hint in get_type_hints(kind).items(
 OBJECTIVES = {  # loss_type: what it does to the margin or the rewards, and where it is from
     "sigmoid": "logistic loss, DPO (arXiv 2305.18290, eq. 7)", "hinge": "hinge loss, SLiC (arXiv 2305.10425)",
     "ipo": "squared distance of the mean gap from 1/(2 beta), IPO (arXiv 2310.12036, eq. 17)",
-    "robust": "logistic loss unbiased by flipped labels (arXiv 2403.00409)", "sft": "cross-entropy of chosen",
+    "robust": "logistic loss unbiased by flipped labels, equals sigmoid if label_smoothing is 0 (arXiv 2403.00409)",
     "exo_pair": "reverse KL, EXO (arXiv 2402.00856)", "nca_pair": "noise contrast, NCA (arXiv 2402.05369)",
     "sppo_hard": "squared distance to win or loss, SPPO (arXiv 2405.00675)", "discopop": "DiscoPOP (arXiv 2406.08414)",
     "bco_pair": "binary classifier, BCO (arXiv 2404.04656)", "aot": "sorted margins, AOT (arXiv 2406.05882)",
     "aot_unpaired": "sorted rewards, AOT (arXiv 2406.05882)", "apo_down": "both down, APO (arXiv 2408.06266)",
-    "apo_zero": "chosen up, rejected down, APO (arXiv 2408.06266)",
+    "apo_zero": "chosen up, rejected down, APO (arXiv 2408.06266)", "sft": "cross-entropy of chosen",
     "sigmoid_norm": "logistic loss per token (arXiv 2405.14734)",
 }
 RANGES = {  # where a number must lie: settings
@@ -153,7 +152,7 @@ RANGES = {  # where a number must lie: settings
     pd.Interval(0, 0.5, "left"): "label_smoothing", pd.Interval(0, 1, "left"): "lora_dropout",
     pd.Interval(2, math.inf, "left"): "save_total_limit",  # the older goes before the new one is known to be whole
 }
-FIXED = {  # only value: settings that would otherwise be ignored, run an author's code, or break what this file promises
+FIXED = {  # only value: settings; with another they are ignored, run an author's code, or break what is promised
     False: "auto_find_batch_size dataset_streaming padding_free push_to_hub save_only_model sync_ref_model "
            "trust_remote_code use_liger_kernel",
     None: "hub_token model_init_kwargs resume_from_checkpoint",
@@ -928,247 +927,213 @@ def measure_model(s, start, shared: int, padded: int) -> tuple[int, int, dict[st
     # values that a layer keeps for its backward pass, per token: counted in Qwen3's, in bf16 with LoRA
     layer = 12 * config.hidden_size + 4 * getattr(config, "intermediate_size", 4 * config.hidden_size)
     kept = config.num_hidden_layers * (config.hidden_size if s.gradient_checkpointing else layer) + 2 * layer
-    casts = 0 if s.gradient_checkpointing else trained  # of the adapter, by autocast
     sizes = {"weights": frozen, "gradients": 4 * trained, "adapter": 4 * trained,
              "optimizer": trained * (2 if "8bit" in str(s.optim) else 8),
              "reference": {"copy": frozen, "adapter": 4 * trained}.get(start.reference, 0),
-             "activations (an estimate)": ((padded if reason else shared) * kept + casts) * whole}  # fmt: skip
+             "activations (an estimate)": (padded if reason else shared) * kept * whole}  # fmt: skip
     return total, trained, {name: size / 2**30 for name, size in sizes.items()}, reason
 
 
 def make_plan(s, args, start, train, held_out) -> list[str]:
-    """Lines on what will happen, every derived number included, more of them in a dry run; no weights are read."""
+    """What will happen, every derived number included; the last four lines in a dry run only. No weights are read."""
     lengths, needed, size = token_lengths(train), np.sort(train["needed_tokens"]), s.per_device_train_batch_size
     longest = (lengths["prompt"] + np.maximum(lengths["chosen"], lengths["rejected"])).clip(max=s.max_length)
-    longest = np.random.default_rng(s.seed).permutation(longest)
-    padded = sum(2 * len(rows) * rows.max() for rows in np.split(longest, range(size, len(longest), size)))
+    batches = np.maximum.reduceat(np.random.default_rng(s.seed).permutation(longest), range(0, len(longest), size))
+    padded = 2 * len(longest) * batches.mean()
     total, trained, gib, reason = measure_model(s, start, int(needed[-size:].sum()), int(2 * size * longest.max()))
     terms = zip(s.loss_weights or [1] * len(s.loss_type), s.loss_type)
     goal = " + ".join(f"{weight:g} x {OBJECTIVES[name]}" for weight, name in terms).removeprefix("1 x ")
-    same = "; equals sigmoid, as label_smoothing is 0" if s.loss_type == ["robust"] and not s.label_smoothing else ""
-    device = torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type
-    lines = {
-        "policy": f"{s.model_name_or_path}, {total:,} weights in {'4-bit' if s.load_in_4bit else s.dtype}, "
-                  f"{trained:,} trainable ({trained / total:.2%})",
-        "reference": start.told,
-        "objective": f"{goal}, beta {s.beta:g}{same}",
-        "pairs": f"{len(train):,} to train, {len(held_out or []):,} held out, max_length {s.max_length}",
-        "batch": f"{s.global_batch_size} pairs = {size} per device x {s.gradient_accumulation_steps} accumulation x "
-                 f"{args.world_size} process{'es' * (args.world_size > 1)} on {device}",
-        "steps": f"{s.planned_steps:,}, learning rate {s.learning_rate:g}, {s.lr_scheduler_type}",
-        "prefixes": f"not shared: {reason}" if reason else "shared, and no padding",
-        "output": s.output_dir,
-    }  # fmt: skip
-    if s.dry_run:
-        spread = {side: np.quantile(counts, [0.05, 0.5, 0.95, 1]).astype(int) for side, counts in lengths.items()}
-        disk = gib["adapter"] * (3 * (s.save_total_limit or 1) + 1) + gib["weights"] * (s.merge + s.fresh_adapter)
-        lines |= {
-            "tokens": f"5%, median, 95%, longest: {', '.join(f'{k} {v.tolist()}' for k, v in spread.items())}",
-            "per epoch": f"{needed.sum():,} tokens with shared prefixes, {padded:,} in padded rows "
-                         f"({padded / needed.sum():.2f} x)",
-            "memory": f"{', '.join(f'{k} {v:.2f}' for k, v in gib.items())}: {sum(gib.values()):.2f} GiB",
-            "disk": f"{disk:.2f} GiB in {s.output_dir}",
-        }  # fmt: skip
-    return [f"{name:>10}  {value}" for name, value in lines.items()]
+    spread = {side: np.quantile(counts, [0.05, 0.5, 0.95, 1]).astype(int).tolist() for side, counts in lengths.items()}
+    disk = gib["adapter"] * (3 * (s.save_total_limit or 1) + 1) + gib["weights"] * (s.merge + s.fresh_adapter)
+    lines = f"""\
+    policy  {s.model_name_or_path}, {total:,} weights in {s.dtype}{", 4-bit" * s.load_in_4bit}, {trained:,} trainable
+ reference  {start.told}
+ objective  {goal}, beta {s.beta:g}
+     pairs  {len(train):,} to train, {len(held_out or []):,} held out, max_length {s.max_length}
+     batch  {s.global_batch_size} pairs = {size} per device x {s.gradient_accumulation_steps} accumulation \
+x {args.world_size} process{"es" * (args.world_size > 1)} on {args.device}
+     steps  {s.planned_steps:,}, learning rate {s.learning_rate:g}, {s.lr_scheduler_type}
+  prefixes  {f"not shared: {reason}" if reason else "shared, and no padding"}
+    output  {s.output_dir}
+    tokens  5%, median, 95%, longest: {", ".join(f"{side} {counts}" for side, counts in spread.items())}
+ per epoch  {needed.sum():,} tokens with shared prefixes, {padded:,.0f} in padded rows ({padded / needed.sum():.2f} x)
+    memory  {", ".join(f"{name} {part:.2f}" for name, part in gib.items())}: {sum(gib.values()):.2f} GiB
+      disk  {disk:.2f} GiB in {s.output_dir}""".splitlines()
+    return lines if s.dry_run else lines[:8]
 
 
 # ------------------------------------------------------------------------------------------------------------- insight
 LN2 = math.log(2)  # the sigmoid loss where policy and reference are equal
 RECENT = 5  # log lines that make "now": fewer are noise, more hide a turn
-# fmt: off
 COLUMNS = {"step": "d", "loss": ".4f", "rewards/margins": ".4f", "rewards/accuracies": ".3f", "rewards/chosen": ".4f",
-           "rewards/rejected": ".4f", "pairs/s": ".2f", "learning_rate": ".2e"}
+           "rewards/rejected": ".4f", "pairs/s": ".2f", "learning_rate": ".2e"}  # fmt: skip
 HEADER = " ".join(f"{name.removeprefix('rewards/'):>10}" for name in COLUMNS)
-MODES = {"greedy": {"do_sample": False}, "sampled": {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}}
-ADVICE = {  # kind: (when, and why this threshold; what to say), in the numbers of `advise`
-    "flat": (lambda n: n.done >= 0.25 and abs(n.loss - LN2) < 0.005 and abs(n.margins) < 0.01,  # healthy: 0.1 and more
-        "nothing moves, loss is {loss:.4f}, margins {margins:.4f}: learning_rate {lr:g} is too small for LoRA, where "
-        "5e-6 is usual, or the adapter is frozen; try ten times yours"),
-    "labels": (lambda n: n.done >= 0.33 and n.accuracy < 0.55 and abs(n.margins) >= 0.01,  # healthy: 0.65; chance: 0.5
-        "rewards/accuracies is {accuracy:.2f}, yet the policy moves: look at the pairs (`--dry_run true`): chosen and "
-        "rejected may be swapped, mixed, alike, or cut off"),
+ADVICE = {  # kind: (when, and why there; what to say), in the numbers of `advise`; no comparison with nan holds
+    "flat": (lambda n: n.done >= 0.25 and abs(n.loss - LN2) < 0.005 and abs(n.margins) < 0.01,  # healthy: 0.1
+        "loss stays at {loss:.4f}, margins at {margins:.4f}: learning_rate {lr:g} is too small for LoRA, try ten "
+        "times that, or the adapter is frozen"),
+    "labels": (lambda n: n.done >= 0.33 and n.accuracies < 0.55 and abs(n.margins) >= 0.01,  # healthy: 0.65
+        "accuracies stay at {accuracies:.2f}: are the pairs' sides swapped, alike or cut off? See `--dry_run true`"),
     "displacement": (lambda n: n.margins > 0.5 and n.chosen / n.beta < -25,  # healthy runs end above -20 nats
-        "rewards/chosen fell to {chosen:.2f} as margins grew to {margins:.2f}: chosen answers get unlikely as well; "
-        "raise beta (now {beta:g}), or add an SFT term: `loss_type: [sigmoid, sft]` with `loss_weights: [1.0, 0.2]`"),
-    "overfitting": (lambda n: n.accuracies > 0.95 and n.best > n.high,  # the best is above the last one's 95% interval
-        "train accuracies are {accuracies:.2f}; held-out, they fell from {best:.3f} (step {best_step}) to "
-        "{accuracy:.3f}: overfitting; stop there (`max_steps: {best_step}`), or train fewer epochs"),
+        "rewards/chosen fell to {chosen:.2f} as margins grew to {margins:.2f}: raise beta ({beta:g}), or add an SFT "
+        "term, `loss_type: [sigmoid, sft]` with `loss_weights: [1.0, 0.2]`"),
+    "overfitting": (lambda n: n.accuracies > 0.95 and n.best > n.eval_accuracies_high,  # beyond its 95% interval
+        "train accuracies are {accuracies:.2f}, held-out ones fell from {best:.3f} to {eval_accuracies:.3f}: stop at "
+        "the best, `max_steps: {best_step:g}`, or train fewer epochs"),
     "divergence": (lambda n: n.nats > 200,  # an answer e^200 times likelier or less likely: beta no longer holds it
-        "the policy is {nats:.0f} nats per answer from the reference, too far for beta {beta:g}: raise beta, or lower "
-        "learning_rate ({lr:g})"),
+        "{nats:.0f} nats per answer from the reference are too far: raise beta ({beta:g}), or lower learning_rate"),
     "longer": (lambda n: n.length_ratio > 1.5,  # half as long again is more than sampling noise
-        "answers grew {length_ratio:.1f} times as long as the pairs ask for: length itself may have been learned; try "
-        "`loss_type: sigmoid_norm`, which divides by it, or a larger beta (now {beta:g})"),
-    "runaway": (lambda n: (n.loss_type == ["sigmoid"] and n.loss > 3 * LN2) or n.nats > 1000,  # untrained it is ln 2
-        "stopped: loss {loss:.3g} (0.6931 before training), {nats:.0f} nats per answer from the reference: "
-        "learning_rate {lr:g} destroys the model, 5e-6 is usual for LoRA; earlier checkpoints are kept"),
-}
-# fmt: on
+        "answers grew {length_ratio:.1f} times as long as the pairs ask for: try `loss_type: sigmoid_norm`"),
+    "runaway": (lambda n: n.loss > 3 * n.untrained or n.nats > 1000,  # far worse than having learned nothing
+        "stopped at loss {loss:.3g}, {nats:.0f} nats per answer from the reference: learning_rate {lr:g} destroys the "
+        "model, 5e-6 is usual for LoRA"),
+}  # fmt: skip
 
 
-def advise(history: list[dict], s: argparse.Namespace, length_ratio: float = 0.0) -> dict[str, str]:
-    """{kind: sentence} of the advice that the log lines so far call for."""
-    train, held_out = ([row for row in history if key in row] for key in ("loss", "eval_loss"))
-    if len(train) < RECENT:
-        return {}
-    now = pd.DataFrame(train[-RECENT:]).mean().rename(lambda name: name.removeprefix("rewards/"))
-    step, share, high = history[-1]["step"], "eval_rewards/accuracies", "eval_rewards/accuracies_high"
-    held_out = held_out or [{share: now["accuracies"], high: 1, "step": step}]
-    best, last = max(held_out, key=lambda row: row[share]), held_out[-1]
-    n = argparse.Namespace(
-        **now[["loss", "margins", "accuracies", "chosen"]], nats=now[["chosen", "rejected"]].abs().max() / s.beta,
-        accuracy=last[share], high=last[high], best=best[share], best_step=best["step"], length_ratio=length_ratio,
-        done=step / s.planned_steps if step >= 20 else 0, beta=s.beta, lr=s.learning_rate, loss_type=s.loss_type,
-    )  # fmt: skip
-    begin = f"step {step} of {s.planned_steps}: "
-    return {kind: begin + text.format(**vars(n)) for kind, (when, text) in ADVICE.items() if when(n)}
+def read_log(history: list[dict]) -> pd.DataFrame:
+    """The log, one row a step: loss and rewards in training, and with eval_ before their names, held-out."""
+    rewards = ("chosen", "rejected", "margins", "accuracies", "accuracies_low", "accuracies_high")
+    names = [part + name for part in ("", "eval_") for name in ("loss", *map("rewards/{}".format, rewards))]
+    return pd.DataFrame(history, columns=["step", *names], dtype=float).groupby("step").first()
+
+
+def advise(history: list[dict], s: argparse.Namespace, given: dict[str, str], length_ratio: float = math.nan) -> None:
+    """Say what the log calls for, each kind once: `given` keeps it. Raises UserError, status 1, on a runaway."""
+    log = read_log(history).rename(columns=lambda name: name.replace("rewards/", ""))
+    if log.loss.count() < RECENT:
+        return
+    n, step, shares = log.tail(RECENT).mean(), log.index.max(), log.eval_accuracies
+    n["nats"], n["length_ratio"] = n[["chosen", "rejected"]].abs().max() / s.beta, length_ratio
+    n["best"], n["best_step"] = shares.max(), (shares == shares.max()).idxmax()
+    n["done"] = step / s.planned_steps if step >= 20 else 0
+    n["lr"], n["beta"], n["untrained"] = s.learning_rate, s.beta, LN2 if s.loss_type == ["sigmoid"] else math.inf
+    for kind, (when, text) in ADVICE.items():
+        if kind not in given and when(n):
+            given[kind] = f"! step {step:.0f} of {s.planned_steps}: {text.format(**n)}"
+            if kind == "runaway":
+                raise UserError(given[kind], status=1)
+            say(given[kind])
 
 
 def format_row(row: dict) -> str:
     """A log line, aligned below HEADER."""
     cells = {name.removeprefix("eval_"): value for name, value in row.items()}
-    text = [f"{cells[name]:10{form}}" for name, form in COLUMNS.items() if name in cells]
-    if "eval_loss" in row:
-        low, high = (cells[f"rewards/accuracies_{end}"] for end in ("low", "high"))
-        text.append(f"held-out, accuracies {low:.3f} to {high:.3f}")
-    return " ".join(text)
+    text = " ".join(f"{cells[name]:10{form}}" for name, form in COLUMNS.items() if name in cells)
+    interval = " held-out, accuracies {rewards/accuracies_low:.3f} to {rewards/accuracies_high:.3f}"
+    return text + interval.format_map(cells) if "eval_loss" in row else text
+
+
+class Bar(ProgressCallback):
+    """transformers' bar with time left, without its log lines: the rows are Report's."""
+
+    on_log = transformers.TrainerCallback.on_log
 
 
 class Report(transformers.TrainerCallback):
-    """What a run shows: the bar, a row per log line, metrics.jsonl, rewards.png, advice."""
+    """What a run shows beside the bar: a row per log line, metrics.jsonl, rewards.png, advice."""
 
     def __init__(self, trainer: PreferenceTrainer, s: argparse.Namespace):
-        self.trainer, self.s, self.folder, self.advice = trainer, s, Path(s.output_dir), {}
+        self.trainer, self.s, self.folder, self.written = trainer, s, Path(s.output_dir), 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step:
             state.compute_steps(args, state.max_steps)  # the checkpoint has the save_steps of the run that wrote it
             self.trainer.restore_averages()
-        for i in range(len(state.log_history)):  # what was said before the interruption is not said again
-            self.advice = advise(state.log_history[: i + 1], self.s) | self.advice
-        if is_main():  # lines after the checkpoint, or torn by a crash, go, and come again
-            write_file(self.folder / "metrics.jsonl", "".join(map(self.metrics_line, state.log_history)))
+        self.advice = state.stateful_callbacks.setdefault("advice", {})  # checkpoints keep it: nothing is said twice
+        self.shown = state.global_step, time.perf_counter()
         say(HEADER)
-        hidden = args.disable_tqdm or not is_main() or None  # None: only on a terminal
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, disable=hidden)
-        self.first_step, self.shown = state.global_step, (state.global_step, time.perf_counter())
-
-    def metrics_line(self, row: dict) -> str:
-        kept = sorted(name for name in row if not re.search("runtime|per_second|preparation_time", name))
-        return json.dumps({"step": row["step"]} | {name: row[name] for name in kept}) + "\n"
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "train_runtime" in logs:  # totals, of a training that is over, are no log line
-            self.totals = state.log_history.pop()
-            return self.bar.close()
-        history, (step, then) = state.log_history, self.shown
-        pairs, seconds = (state.global_step - step) * self.s.global_batch_size, time.perf_counter() - then
-        speed = {"pairs/s": pairs / seconds} if "loss" in logs else {}
+        if "train_runtime" in logs:  # the totals at the end
+            return
+        history, (step, then), self.shown = state.log_history, self.shown, (state.global_step, time.perf_counter())
+        history[-1] = {name: v for name, v in history[-1].items() if not re.search("runtime|per_second|prep", name)}
         if is_main():
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(self.metrics_line(history[-1]))
+            with open(self.folder / "metrics.jsonl", "a" if self.written else "w", encoding="utf-8") as file:
+                for row in history[self.written :]:
+                    file.write(json.dumps({"step": row["step"]} | dict(sorted(row.items()))) + "\n")
+            self.written = len(history)  # all rows again after a resume: those after its checkpoint go
             if "eval_loss" in logs or len(history) % 20 == 1:  # a picture takes half a second
                 draw_rewards(history, self.s, self.folder / "rewards.png")
+        speed = (state.global_step - step) * self.s.global_batch_size / (self.shown[1] - then)
         with tqdm.external_write_mode():  # the bar steps aside
-            say(*[HEADER] * (len(history) % 20 == 0), format_row(history[-1] | speed))
-            self.give(advise(history, self.s))
-        self.shown = state.global_step, time.perf_counter()
-
-    def give(self, advice: dict[str, str]) -> None:
-        if "runaway" in advice:
-            raise UserError(advice["runaway"], status=1)
-        say(*(f"! {text}" for kind, text in advice.items() if kind not in self.advice))
-        self.advice = advice | self.advice
+            say(format_row(history[-1] | ({"pairs/s": speed} if "loss" in logs else {})))
+            advise(history, self.s, self.advice)
 
 
 def draw_rewards(history: list[dict], s: argparse.Namespace, path: Path) -> None:
     """rewards.png: rewards with the margin between them, accuracies, loss; legible without colours."""
-    log = pd.DataFrame(history).set_index("step")
-    curves = defaultdict(lambda: pd.Series(dtype=float), {name: log[name].dropna() for name in log})
-    moved = curves["rewards/margins"] != 0  # before the first update all pairs tie, which counts as wrong
-    curves["rewards/accuracies"] = curves["rewards/accuracies"][moved].rolling(RECENT, min_periods=1).mean()
-    chosen, rejected = curves["rewards/chosen"], curves["rewards/rejected"]
-    low, high = (curves[f"eval_rewards/accuracies_{end}"] for end in ("low", "high"))
+    log, share = read_log(history), "rewards/accuracies"
+    log[share] = log[share].where(log["rewards/margins"] != 0)  # before the first update all pairs tie
+    log[share] = log[share].rolling(RECENT, min_periods=1).mean()
+    train = log.interpolate("index")  # over steps that were evaluated, but not logged
     figure = Figure(figsize=(13, 4), layout="constrained")
-    rewards, accuracies, losses = figure.subplots(1, 3)
-    rewards.fill_between(chosen.index, chosen, rejected, color="0.88", label="margin")
+    rewards, accuracies, losses = panels = figure.subplots(1, 3)
+    rewards.fill_between(log.index, train["rewards/chosen"], train["rewards/rejected"], color="0.88", label="margin")
     accuracies.axhline(0.5, color="0.5", ls=":", label="chance")
-    accuracies.vlines(low.index, low, high, color="k", label="95% interval")
+    accuracies.vlines(log.index, log[f"eval_{share}_low"], log[f"eval_{share}_high"], color="k", label="95% interval")
     if s.loss_type == ["sigmoid"]:
         losses.axhline(LN2, color="0.5", ls=":", label="ln 2: policy = reference")
-    panels = {"rewards/chosen": rewards, "rewards/rejected": rewards, "rewards/accuracies": accuracies, "loss": losses}
-    for name, axes in panels.items():
-        line, marker = ("C3--", "C3s") if name == "rewards/rejected" else ("C0-", "C0o")
-        axes.plot(curves[name], line, lw=2, label=f"{name}, train")
-        axes.plot(curves[f"eval_{name}"], marker, mec="k", label=f"{name}, held-out")
-        axes.set_xlabel("optimizer step")
-        axes.legend(fontsize=8)
-        axes.grid(alpha=0.3)
+    for axes, names in zip(panels, (["rewards/chosen", "rewards/rejected"], [share], ["loss"])):
+        train[names].plot(ax=axes, style=["C0-", "C3--"], lw=2)
+        log[[f"eval_{name}" for name in names]].plot(ax=axes, style=["C0o", "C3s"], mec="k").legend(fontsize=8)
     names = f"{Path(s.model_name_or_path).name} on {Path(s.dataset_name).name}"
     figure.suptitle(f"DPO: {names}, beta {s.beta:g}, learning rate {s.learning_rate:g}; train accuracies smoothed")
-    figure.savefig(f"{path}.tmp", format="png", dpi=110)
-    os.replace(f"{path}.tmp", path)
+    figure.savefig(path, dpi=110)
 
 
-def answer_prompts(trainer: PreferenceTrainer, prompts: list[list[int]], **sampling) -> list[list[list[int]]]:
-    """Tokens of the reference's answer to each prompt, and of the policy's: one batch each, with the same seed."""
-    policy, tokenizer, answers = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, []
-    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(policy.device)
-    ends = np.atleast_1d(policy.generation_config.eos_token_id).tolist()  # training has added the tokenizer's
-    sampling |= {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id, "max_new_tokens": 256}
-    start = use_adapter(policy, "ref" if "ref" in policy.peft_config else None)  # of no effect on a second model
-    for model, adapter in ((trainer.ref_model or policy, start), (policy, nullcontext())):
-        transformers.set_seed(trainer.args.seed)
-        with trainer.accelerator.autocast(), adapter:
-            rows = model.generate(**batch, **sampling, use_cache=True)[:, batch["input_ids"].shape[1] :].tolist()
-        answers.append([row[: next((i for i, token in enumerate(row, 1) if token in ends), None)] for row in rows])
-    return answers
+def generate_answers(trainer: PreferenceTrainer, model, prompts: list[list[int]], do_sample: bool) -> list[list[int]]:
+    """Tokens of a model's answer to each prompt, up to its end: one batch, and the same seed for all models."""
+    config, tokenizer = trainer.model.generation_config, trainer.processing_class
+    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+    transformers.set_seed(trainer.args.seed)
+    with trainer.accelerator.autocast():
+        rows = model.generate(**batch, generation_config=config, max_new_tokens=256, do_sample=do_sample)
+    ends = np.atleast_1d(config.eos_token_id).tolist()  # training has added the tokenizer's
+    rows = rows[:, batch["input_ids"].shape[1] :].tolist()
+    return [row[: next((i for i, token in enumerate(row, 1) if token in ends), None)] for row in rows]
 
 
 def show_samples(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) -> None:
     """samples.md, its first three on the console, and advice if answers grew longer than the pairs ask for."""
     if is_sharded():
         return say("no samples: the model is sharded over processes")
-    if is_main() and s.sample_prompts and trainer.eval_dataset is not None:
-        policy, decode = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class.decode
-        prompts, block = trainer.eval_dataset["prompt_ids"][: s.sample_prompts], "```text\n{}\n```\n".format
-        samples, sizes = [], []
-        for mode, sampling in MODES.items():
-            for prompt, *answers in zip(prompts, *answer_prompts(trainer, prompts, **sampling)):
-                pair = dict(zip(PREPARED, (prompt, *answers)))
-                *logps, _ = trainer.pair_logps(policy, trainer._prepare_inputs(trainer.data_collator([pair])))
-                rewards = s.beta * (torch.cat(logps[:2]) - torch.cat(logps[2:]))
-                sizes.append([len(answer) for answer in answers])
-                parts = [f"## {mode}", block(decode(prompt))]
-                for name, answer, reward in zip(("reference", "policy"), answers, rewards.tolist()):
-                    parts += [f"**{name}**, {len(answer)} tokens, reward {reward:.4f}", block(decode(answer))]
-                samples.append("\n\n".join(parts))
-        head = f"# Held-out prompts, greedy, then sampled (seed {s.seed}); reward = beta * (log pi - log pi_ref)\n\n"
-        write_file(Path(s.output_dir, "samples.md"), head + "\n".join(samples))
-        say("", *samples[:3])
-        (before, after), asked = np.sum(sizes, 0), token_lengths(trainer.train_dataset)
-        ratio = after / before / max(1, asked["chosen"].sum() / asked["rejected"].sum())
-        report.give(advise(trainer.state.log_history, s, ratio))
-    trainer.accelerator.wait_for_everyone()
+    if not (is_main() and s.sample_prompts and trainer.eval_dataset is not None):
+        return None
+    policy, decode, block = trainer.model.eval(), trainer.processing_class.decode, "\n\n```text\n{}\n```\n\n".format
+    prompts, tokens = trainer.eval_dataset["prompt_ids"][: s.sample_prompts], np.zeros(2)
+    samples = [f"# Held-out prompts, greedy, then sampled (seed {s.seed}); reward = beta * (log pi - log pi_ref)\n\n"]
+    for mode in ("greedy", "sampled"):
+        with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):  # of no effect on a second model
+            before = generate_answers(trainer, trainer.ref_model or policy, prompts, mode == "sampled")
+        after = generate_answers(trainer, policy, prompts, mode == "sampled")
+        pairs = [dict(zip(PREPARED, pair)) for pair in zip(prompts, before, after)]
+        *logps, _ = trainer.pair_logps(policy, trainer._prepare_inputs(trainer.data_collator(pairs)))
+        rewards = s.beta * (torch.stack(logps[:2]) - torch.stack(logps[2:]))
+        for prompt, a, b, x, y in zip(prompts, before, after, *rewards.tolist()):
+            samples.append(
+                f"## {mode}{block(decode(prompt))}"
+                f"**reference**, {len(a)} tokens, reward {x:.4f}{block(decode(a))}"
+                f"**policy**, {len(b)} tokens, reward {y:.4f}{block(decode(b))}"
+            )
+            tokens += len(a), len(b)
+    write_file(Path(s.output_dir, "samples.md"), "".join(samples))
+    say("", *samples[1:4])
+    asked = token_lengths(trainer.train_dataset)
+    expected = tokens[0] * max(1, asked["chosen"].sum() / asked["rejected"].sum())
+    advise(trainer.state.log_history, s, report.advice, tokens[1] / expected)
 
 
 def summarize(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) -> str:
     """Steps, time, speed, memory, held-out figures first and last, advice, files, and the next command."""
-    held_out = [row for row in trainer.state.log_history if "eval_loss" in row]
-    steps, seconds = trainer.state.global_step - report.first_step, report.totals["train_runtime"]
-    memory = f"; peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-    names = ("metrics.jsonl", "rewards.png", "samples.md", "merged")
-    files = ", ".join(name for name in names if Path(s.output_dir, name).exists())
+    *rows, totals = trainer.state.log_history
+    held_out = [format_row(row) for row in rows if "eval_loss" in row]
     load = f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({s.output_dir!r})"
     return "\n".join([
-        f"{trainer.state.global_step} steps of {s.global_batch_size} pairs; this run: {steps} in {seconds / 60:.1f} "
-        f"minutes, {steps * s.global_batch_size / seconds:.2f} pairs/s with evaluation and saving"
-        f"{memory * torch.cuda.is_initialized()}",
-        HEADER, *map(format_row, held_out[:1] + held_out[1:][-1:]), *(f"! {text}" for text in report.advice.values()),
-        f"in {s.output_dir}: the adapter, {files}",
+        f"{trainer.state.global_step} steps of {s.global_batch_size} pairs; this run: "
+        f"{totals['train_runtime'] / 60:.1f} minutes, {totals['train_samples_per_second']:.2f} pairs/s, "
+        f"peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB; all files are in {s.output_dir}",
+        HEADER, *held_out[:1], *held_out[1:][-1:], *report.advice.values(),
         f"next: merge it, `python -c \"{load}.merge_and_unload().save_pretrained('merged')\"`",
     ])  # fmt: skip
 
@@ -1282,8 +1247,9 @@ def train_policy(s: argparse.Namespace, trainer: PreferenceTrainer, start: argpa
     if s.precompute_ref_log_probs:
         cache_reference(trainer, s, start)
     checkpoint, report = resume_point(trainer, Path(s.output_dir)), Report(trainer, s)
-    for callback in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(callback)
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback):
+        trainer.add_callback(Bar)
     trainer.callback_handler.callbacks += [report, Ending(trainer.accelerator)]
     if is_main():  # from here on, the folder is this run's
         write_file(Path(s.output_dir, "settings.yaml"), settings_yaml(s))
@@ -1330,6 +1296,7 @@ def prepare(s: argparse.Namespace) -> tuple:
     ours = "precompute_ref_log_probs|torch_compile.*"  # what we do ourselves
     given = {f.name: vars(s)[f.name] for f in fields(trl.DPOConfig) if f.init and not re.fullmatch(ours, f.name)}
     given["use_cpu"] |= s.dry_run and not torch.cuda.is_available()  # a plan can be made anywhere
+    given["disable_tqdm"] |= not sys.stderr.isatty()
     args, start = trl.DPOConfig(**given), load_start(s)
     train, held_out, counts = load_preferences(s, start.tokenizer)
     s.pairs = hashlib.blake2b(np.array(train["pair_hash"]).tobytes(), digest_size=8).hexdigest()

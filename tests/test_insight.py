@@ -1,12 +1,14 @@
 """metrics, advice, picture, summary: each piece of advice with a log that calls for it and one that does not."""
 
 import argparse
+import contextlib
 import math
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import TrainerState
 
 import dpotrainer
 
@@ -14,26 +16,14 @@ ROOT = Path(dpotrainer.__file__).parent
 
 
 def settings(**changes):
-    values = {
-        "beta": 0.1,
-        "learning_rate": 5e-6,
-        "planned_steps": 950,
-        "loss_type": ["sigmoid"],
-        "global_batch_size": 64,
-    }
-    values |= {"model_name_or_path": "org/model", "dataset_name": "org/data", "output_dir": "out"} | changes
-    return argparse.Namespace(**values)
+    values = {"beta": 0.1, "learning_rate": 5e-6, "planned_steps": 950, "loss_type": ["sigmoid"]}
+    values |= {"model_name_or_path": "org/model", "dataset_name": "org/data", "global_batch_size": 64}
+    return argparse.Namespace(**values | changes)
 
 
-def train_row(step, loss=0.55, margin=0.6, accuracy=0.72, chosen=-0.3, **more):
-    row = {
-        "step": step,
-        "loss": loss,
-        "rewards/margins": margin,
-        "rewards/accuracies": accuracy,
-        "rewards/chosen": chosen,
-    }
-    return row | {"rewards/rejected": chosen - margin, "learning_rate": 5e-6} | more
+def train_row(step, loss=0.55, margin=0.6, accuracy=0.72, chosen=-0.3):
+    row = {"step": step, "loss": loss, "rewards/margins": margin, "rewards/accuracies": accuracy}
+    return row | {"rewards/chosen": chosen, "rewards/rejected": chosen - margin, "learning_rate": 5e-6}
 
 
 def eval_row(step, accuracy=0.73, pairs=500, loss=0.55, margin=0.8, chosen=-0.4):
@@ -55,14 +45,18 @@ def healthy_run(final_accuracy=0.75, final_margin=1.2, final_chosen=-1.0, steps=
     return rows
 
 
-def advice_along(rows, s, **more):
-    """Every kind that is given at any point of the run."""
-    return set().union(*(dpotrainer.advise(rows[: i + 1], s, **more) for i in range(len(rows))))
+def advice(rows, **more):
+    """{kind: text} of the advice that a log calls for."""
+    given = {}
+    with contextlib.suppress(dpotrainer.UserError):  # a runaway is stopped
+        dpotrainer.advise(rows, settings(), given, **more)
+    return given
 
 
 @pytest.mark.parametrize("accuracy, margin, chosen", [(0.72, 1.0, -0.2), (0.77, 1.3, -1.9), (0.74, 1.1, 0.3)])
 def test_healthy_published_curves_get_no_advice(accuracy, margin, chosen):
-    assert advice_along(healthy_run(accuracy, margin, chosen), settings()) == set()
+    rows = healthy_run(accuracy, margin, chosen)
+    assert not [given for i in range(len(rows)) if (given := advice(rows[: i + 1]))]
 
 
 def flat(n=40):
@@ -105,7 +99,7 @@ CASES = {
 @pytest.mark.parametrize("kind", CASES)
 def test_advice_is_given_where_its_log_calls_for_it(kind):
     rows, more = CASES[kind]
-    given = dpotrainer.advise(rows, settings(), **more)
+    given = advice(rows, **more)
     assert kind in given
     assert "{" not in given[kind] and "nan" not in given[kind], "every figure of the sentence is filled in"
     assert re.search(r"\d", given[kind]), "the sentence names the figures that led to it"
@@ -124,7 +118,7 @@ NEAR_MISSES = {
 
 @pytest.mark.parametrize("kind", NEAR_MISSES)
 def test_advice_is_not_given_where_the_log_is_only_near(kind):
-    assert kind not in dpotrainer.advise(NEAR_MISSES[kind], settings(), length_ratio=1.2)
+    assert kind not in advice(NEAR_MISSES[kind], length_ratio=1.2)
 
 
 def test_every_kind_of_advice_has_its_two_cases():
@@ -132,8 +126,26 @@ def test_every_kind_of_advice_has_its_two_cases():
 
 
 def test_flat_is_not_said_before_enough_steps_or_for_other_losses():
-    assert "flat" not in dpotrainer.advise(flat(8), settings())
-    assert dpotrainer.advise([], settings()) == {}
+    assert "flat" not in advice(flat(8))
+    assert advice([]) == {}
+
+
+def test_advice_is_given_once_also_over_a_resume(tmp_path, capsys):
+    state, path = TrainerState(log_history=flat()), tmp_path / "trainer_state.json"
+    for said in (1, 0):
+        report = dpotrainer.Report(None, settings(output_dir=tmp_path))
+        report.on_train_begin(None, state, None)
+        dpotrainer.advise(state.log_history, report.s, report.advice)
+        dpotrainer.advise(state.log_history, report.s, report.advice)
+        assert capsys.readouterr().out.count("is too small") == said and set(report.advice) == {"flat"}
+        state.save_to_json(path)  # as a checkpoint does
+        state = TrainerState.load_from_json(path)
+
+
+def test_a_runaway_is_stopped_with_its_figures():
+    with pytest.raises(dpotrainer.UserError, match=r"40050 nats .* learning_rate 5e-06 destroys") as error:
+        dpotrainer.advise(diverged(50000), settings(), {})
+    assert error.value.status == 1
 
 
 def test_the_interval_is_wilsons():
