@@ -536,6 +536,8 @@ def load_start(s: argparse.Namespace) -> argparse.Namespace:
     adapter = peft.PeftConfig.from_pretrained(name, revision=revision) if adapter_file else None
     if not adapter and (s.reference == "adapter" or s.fresh_adapter):
         raise UserError(f"{name} is no adapter; leave `reference: adapter` and `fresh_adapter` out")
+    if adapter and adapter.is_prompt_learning:
+        raise UserError(f"{name} is a prompt-learning adapter; start from its base, or from a LoRA")
     base, pinned = (adapter.base_model_name_or_path, adapter.revision) if adapter else (name, revision)
     try:
         config = transformers.AutoConfig.from_pretrained(base, revision=pinned, trust_remote_code=False)
@@ -1296,7 +1298,7 @@ def prepare(s: argparse.Namespace) -> tuple:
     ours = "precompute_ref_log_probs|torch_compile.*"  # what we do ourselves
     given = {f.name: vars(s)[f.name] for f in fields(trl.DPOConfig) if f.init and not re.fullmatch(ours, f.name)}
     given["use_cpu"] |= s.dry_run and not torch.cuda.is_available()  # a plan can be made anywhere
-    given["disable_tqdm"] |= not sys.stderr.isatty()
+    given["disable_tqdm"] = s.disable_tqdm or not sys.stderr.isatty()
     args, start = trl.DPOConfig(**given), load_start(s)
     train, held_out, counts = load_preferences(s, start.tokenizer)
     s.pairs = hashlib.blake2b(np.array(train["pair_hash"]).tobytes(), digest_size=8).hexdigest()

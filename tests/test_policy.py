@@ -621,5 +621,5 @@ def test_a_prompt_learning_adapter_is_refused(base, data, tmp_path, capsys):
         tmp_path / "a"
     )
     assert dpotrainer.main(tiny.settings(tmp_path / "a", data, tmp_path / "out")) == 2
-    assert "Cannot set a prompt learning adapter to trainable" in capsys.readouterr().err
+    assert "prompt-learning adapter; start from its base" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
