@@ -532,21 +532,21 @@ REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's names of the ref
 def load_start(s: argparse.Namespace) -> argparse.Namespace:
     """What a run starts from: base, adapter (None unless the model is one), tokenizer, config, kind of reference."""
     name, revision = s.model_name_or_path, s.model_revision
-    adapter_file = find_adapter_config_file(name, revision=revision)
-    adapter = peft.PeftConfig.from_pretrained(name, revision=revision) if adapter_file else None
+    try:
+        adapter_file = find_adapter_config_file(name, revision=revision)
+        adapter = peft.PeftConfig.from_pretrained(name, revision=revision) if adapter_file else None
+        base, pinned = (adapter.base_model_name_or_path, adapter.revision) if adapter else (name, revision)
+        config = transformers.AutoConfig.from_pretrained(base, revision=pinned, trust_remote_code=False)
+        bare = os.path.isdir(name) and not Path(name, "tokenizer_config.json").exists()
+        source, revision = (base, pinned) if bare else (name, revision)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        fix = "check its spelling and the network; a gated or private one needs `hf auth login`"
+        raise UserError(f"model_name_or_path={name}: {str(error).strip().splitlines()[0]}; {fix}") from error
     if not adapter and (s.reference == "adapter" or s.fresh_adapter):
         raise UserError(f"{name} is no adapter; leave `reference: adapter` and `fresh_adapter` out")
     if adapter and adapter.is_prompt_learning:
         raise UserError(f"{name} is a prompt-learning adapter; start from its base, or from a LoRA")
-    base, pinned = (adapter.base_model_name_or_path, adapter.revision) if adapter else (name, revision)
-    try:
-        config = transformers.AutoConfig.from_pretrained(base, revision=pinned, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        fix = "check its spelling and the network; a gated or private one needs `hf auth login`; no pickled weights"
-        raise UserError(f"{base} cannot be read: {str(error).strip().splitlines()[0]}; {fix}") from error
-    bare = os.path.isdir(name) and not Path(name, "tokenizer_config.json").exists()
-    source, revision = (base, pinned) if bare else (name, revision)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     tokenizer.pad_token = s.pad_token or tokenizer.pad_token or tokenizer.eos_token
     continues = bool(adapter) and not s.fresh_adapter
     kind = "adapter" if continues and s.reference == "auto" else s.reference
@@ -1153,6 +1153,7 @@ FAULTS = (  # kind and words of a library's error; exit status, 2 being a mistak
      "sft then differ), turn gradient_checkpointing on, lower max_length, or use configs/qwen3_8b_qlora.yaml"),
     (BaseException, "No space left|quota exceeded|File too large|inline_container", 1,  # the last one is torch.save's
      "a file could not be written, older checkpoints are untouched: make room and run the same command again"),
+    (OSError, "safetensors", 2, "model_name_or_path: give weights as safetensors: pickled ones can run code"),
     (KeyboardInterrupt, "", 130, "interrupted before training began; the same command starts again"),
     (Timeout, r"/\.lock'", 2, "output_dir: another run is writing there; wait, or choose another"),
     ((OSError, ValueError, TypeError, ImportError, NotImplementedError), "", 2, "settings"),
