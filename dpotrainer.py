@@ -1130,11 +1130,12 @@ def summarize(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report)
     """Steps, time, speed, memory, held-out figures first and last, advice, files, and the next command."""
     *rows, totals = trainer.state.log_history
     held_out = [format_row(row) for row in rows if "eval_loss" in row]
+    memory = f", peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
     load = f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({s.output_dir!r})"
     return "\n".join([
         f"{trainer.state.global_step} steps of {s.global_batch_size} pairs; this run: "
-        f"{totals['train_runtime'] / 60:.1f} minutes, {totals['train_samples_per_second']:.2f} pairs/s, "
-        f"peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB; all files are in {s.output_dir}",
+        f"{totals['train_runtime'] / 60:.1f} minutes, {totals['train_samples_per_second']:.2f} pairs/s"
+        f"{memory * torch.cuda.is_initialized()}; all files are in {s.output_dir}",
         HEADER, *held_out[:1], *held_out[1:][-1:], *report.advice.values(),
         f"next: merge it, `python -c \"{load}.merge_and_unload().save_pretrained('merged')\"`",
     ])  # fmt: skip
