@@ -161,9 +161,14 @@ FIXED = {  # only value: settings; with another they are ignored, run an author'
 PATHS = ("model_name_or_path", "dataset_name", "output_dir", "ref_model_name_or_path")
 RULES = (  # setting, when its value v is wrong beside all settings s, why, and what to do
     ("loss_type", lambda v, s: {*v} - {*OBJECTIVES}, f"is unknown; one of {', '.join(OBJECTIVES)}"),
+    ("loss_weights", lambda v, s: v and (len(v) != len(s.loss_type) or not np.isfinite(v).all()),
+     "must be one number for each loss_type; mend the list"),
     ("label_smoothing", lambda v, s: v and not {"robust", "exo_pair", "aot", "aot_unpaired"}.intersection(s.loss_type),
      "is for robust, exo_pair, aot and aot_unpaired; leave it out"),
     ("label_smoothing", lambda v, s: not v and "exo_pair" in s.loss_type, "must be above 0 for exo_pair; 1e-3"),
+    ("save_strategy", lambda v, s: v not in ("steps", "epoch"), "would leave nothing to resume from; steps"),
+    *((f"torch_compile_{part}", lambda v, s: v and not s.torch_compile, "has no effect; add `torch_compile: true`")
+      for part in ("backend", "mode")),
     ("discopop_tau", lambda v, s: v != 0.05 and "discopop" not in s.loss_type, "is for discopop; leave it out"),
     ("lora_dropout", lambda v, s: v and s.disable_dropout, "has no effect; add `disable_dropout: false`"),
     ("ref_model_name_or_path", lambda v, s: v and s.reference != "copy", "has no effect; add `reference: copy`"),
@@ -173,7 +178,7 @@ RULES = (  # setting, when its value v is wrong beside all settings s, why, and 
     ("fresh_adapter", lambda v, s: v and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3",
      "cannot be merged while ZeRO-3 shards its base; use fsdp2.yaml, or merge it first"),
     ("merge", lambda v, s: v and (s.load_in_4bit or s.load_in_8bit), "needs a bf16 base; README, 'Merging', says how"),
-    *((name, lambda v, s: not v, "is empty; give a name or a path") for name in PATHS[:3]),
+    *((name, lambda v, s: not v, "is empty; give a value") for name in (*PATHS[:3], "dtype")),
     *((name, lambda v, s: re.search(r"^[./~]|/.*/|\.(jsonl?|parquet|csv)$", v or "") and not os.path.exists(v),
        "there is no such file or folder; check the path") for name in PATHS if name != "output_dir"),
     ("output_dir", lambda v, s: v and not can_write(v), "is not a folder that can be written; choose another"),
@@ -185,7 +190,7 @@ MACHINE_RULES = (  # the same, of what the machine must have
      "several GPUs but one process; `accelerate launch --config_file configs/accelerate/ddp.yaml dpotrainer.py`"),
     ("bf16", lambda v, s: v and torch.cuda.is_available() and not (s.use_cpu or torch.cuda.is_bf16_supported(False)),
      "needs an Ampere GPU (2020) or newer; `--bf16 false --fp16 true --dtype float16`"),  # False: not by emulation
-    ("report_to", lambda v, s: not all(name in ("all", "none") or find_spec(name) for name in np.atleast_1d(v)),
+    ("report_to", lambda v, s: v and not all(name in ("all", "none") or find_spec(name) for name in np.atleast_1d(v)),
      "is not installed; `pip install tensorboard`, `pip install wandb` or `pip install trackio`"),
     *((name, lambda v, s: re.search("True|bnb|paged|lion|ademamix|adamw_8bit", str(v))
        and not find_spec("bitsandbytes"), "needs bitsandbytes; `pip install bitsandbytes`")
@@ -221,9 +226,12 @@ def can_write(folder: str) -> bool:
 
 
 def read_yaml(path: str | None) -> dict[str, Any]:
+    """The settings in a YAML file; what it has under `env` is put into the environment, as `trl dpo` does."""
     try:
-        return {**yaml.safe_load(Path(path).read_text(encoding="utf-8"))} if path else {}
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        content = {**yaml.safe_load(Path(path).read_text(encoding="utf-8"))} if path else {}
+        os.environ |= {name: str(value) for name, value in content.pop("env", {}).items()}
+        return content
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         why = " ".join(str(error).split())
         raise UserError(f"--config {path}: {why}; give a file of lines such as `beta: 0.1`") from None
 
@@ -296,8 +304,10 @@ def check_settings(s: argparse.Namespace) -> list[str]:
     problems += check_batch(s) if not problems else []
     problems += [f"{name}: must be {value}, or the batch, evaluation, resume or safety promised is lost; leave it out"
                  for value, names in FIXED.items() for name in names.split() if found[name] != value]  # fmt: skip
-    trl.ModelConfig.__post_init__(s)  # a single one of lora_target_modules may be a pattern, or "all-linear"
-    return problems + find_broken(s, RULES)
+    problems += find_broken(s, RULES)
+    if not problems:
+        trl.ModelConfig.__post_init__(s)  # a single one of lora_target_modules may be a pattern, or "all-linear"
+    return problems
 
 
 # --------------------------------------------------------------------------------------------------------- preferences
@@ -630,7 +640,7 @@ class PreferenceTrainer(trl.DPOTrainer):
 
     def get_train_dataloader(self):
         loader, args = super().get_train_dataloader(), self.args
-        if self.data_collator.share_prefixes and args.train_sampling_strategy == "random":
+        if self.data_collator.share_prefixes:
             needed, seed = np.array(self.train_dataset["needed_tokens"]), loader.get_sampler().initial_seed
             passes = args.gradient_accumulation_steps * args.world_size
             loader.set_sampler(BalancedSampler(needed, args.per_device_train_batch_size, passes, data_seed=seed))
@@ -1155,7 +1165,7 @@ FAULTS = (  # kind and words of a library's error; exit status, 2 being a mistak
     (BaseException, "No space left|quota exceeded|File too large|inline_container", 1,  # the last one is torch.save's
      "a file could not be written, older checkpoints are untouched: make room and run the same command again"),
     (OSError, "safetensors", 2, "model_name_or_path: give weights as safetensors: pickled ones can run code"),
-    (KeyboardInterrupt, "", 130, "interrupted before training began; the same command starts again"),
+    (KeyboardInterrupt, "", 130, "interrupted; the same command goes on from the last checkpoint"),
     (Timeout, r"/\.lock'", 2, "output_dir: another run is writing there; wait, or choose another"),
     ((OSError, ValueError, TypeError, ImportError, NotImplementedError), "", 2, "settings"),
 )  # fmt: skip
@@ -1233,17 +1243,26 @@ class Ending(transformers.TrainerCallback):
             os._exit(128 + number)
         self.heard, self.since = self.heard or number, min(self.since, time.monotonic())
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def is_over(self) -> bool:
         if self.heard:  # not all processes hear a signal, or not at the same step
             self.accelerator.set_trigger()
-        self.is_over = self.accelerator.check_trigger()
-        control.should_save |= self.is_over
+        return self.accelerator.check_trigger()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.is_ending = self.is_over()
+        control.should_save |= self.is_ending
 
     def on_save(self, args, state, control, **kwargs):
         self.accelerator.wait_for_everyone()  # when one process ends, a launcher stops the others
-        if self.is_over:
+        if self.is_over() or self.is_ending:  # it may have come in the evaluation since
             text = f"interrupted and saved at step {state.global_step}; the same command continues"
             raise UserError(text, 128 + (self.heard or signal.SIGTERM))
+
+    def on_train_end(self, *args, **kwargs):  # what follows saves all or nothing, and is done again after a signal
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.heard:
+            signal.raise_signal(self.heard)
 
 
 def train_policy(s: argparse.Namespace, trainer: PreferenceTrainer, start: argparse.Namespace) -> Report:

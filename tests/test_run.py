@@ -101,7 +101,7 @@ def break_off(program, step):
 @pytest.mark.parametrize("step", ["load_start", "build_trainer", "resume_point"])
 def test_ctrl_c_before_training_is_no_traceback_and_binds_nobody(step, run, tmp_path):
     printed = run(functools.partial(break_off, step=step), status=130)
-    assert "interrupted before training began" in printed and "Traceback" not in printed
+    assert "interrupted; the same command goes on" in printed and "Traceback" not in printed
     run(max_steps=2, beta=0.2)
     assert list(tiny.losses(tmp_path / "out")) == [1, 2]
 
@@ -400,8 +400,22 @@ def test_a_signal_saves_and_the_same_command_continues(signals, status, at, run,
     same_result(tmp_path / "out", finished[0])
 
 
-def test_a_signal_after_the_last_step_lets_the_run_end(run, finished, tmp_path):
-    run(functools.partial(send_in_evaluation, at=12, number=signal.SIGTERM))
+def test_a_signal_in_the_last_evaluation_is_heard(run, finished, tmp_path):
+    assert "saved at step 12" in run(functools.partial(send_in_evaluation, at=12, number=signal.SIGTERM), status=143)
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    run()
+    same_result(tmp_path / "out", finished[0])
+
+
+def send_when_trained(program, number):
+    program.show_samples = lambda *args: os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number, status", [(TERM, -TERM), (INT, 130)], ids=str)
+def test_a_signal_when_training_is_over_stops_and_the_same_command_finishes(number, status, run, finished, tmp_path):
+    printed = run(functools.partial(send_when_trained, number=number), status=status)
+    assert "Traceback" not in printed and not (tmp_path / "out" / "adapter_config.json").exists()
+    assert "checkpoint-12" in run()
     same_result(tmp_path / "out", finished[0])
 
 

@@ -245,6 +245,13 @@ def test_no_value_of_any_setting_ends_in_a_traceback(value):
         assert str(error)
 
 
+def test_env_of_a_file_written_for_trl_is_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("DPO_TEST", "before")
+    file = write_yaml(tmp_path / "my.yaml", env={"DPO_TEST": 3}, beta=0.2)
+    settings, problems = dpotrainer.parse_settings(["--config", str(file)])
+    assert problems == [] and settings.beta == 0.2 and os.environ["DPO_TEST"] == "3" and not hasattr(settings, "env")
+
+
 def test_null_for_any_setting_is_taken_or_refused(tmp_path):
     for name in all_settings():
         try:
@@ -252,6 +259,7 @@ def test_null_for_any_setting_is_taken_or_refused(tmp_path):
                 ["--config", str(write_yaml(tmp_path / "n.yaml", **{name: None}))]
             )
             problems += dpotrainer.check_settings(settings)
+            dpotrainer.find_broken(settings, dpotrainer.MACHINE_RULES)
         except dpotrainer.UserError as error:
             problems = [str(error)]
         except Exception as error:
@@ -309,6 +317,11 @@ CLASHES = [  # setting, flags that make it clash, the environment that goes with
     ("label_smoothing", ["--label_smoothing", "0.1"], {}),
     ("label_smoothing", ["--loss_type", "hinge", "ipo", "--label_smoothing", "0.1"], {}),
     ("label_smoothing", ["--loss_type", "exo_pair"], {}),
+    ("loss_weights", ["--loss_type", "sigmoid", "sft", "--loss_weights", "1"], {}),
+    ("loss_weights", ["--loss_type", "sigmoid", "sft", "--loss_weights", "1", "nan"], {}),
+    ("save_strategy", ["--save_strategy", "no"], {}),
+    ("torch_compile_backend", ["--torch_compile_backend", "inductor"], {}),
+    ("torch_compile_mode", ["--torch_compile_mode", "default"], {}),
     ("discopop_tau", ["--discopop_tau", "0.1"], {}),
     ("lora_dropout", ["--lora_dropout", "0.1"], {}),
     ("ref_model_name_or_path", ["--ref_model_name_or_path", "some/model"], {}),
@@ -338,8 +351,13 @@ def test_settings_that_clash_are_refused(name, words, variables, refuse, monkeyp
     assert "; " in message, "the fix is missing"
 
 
+def test_null_for_dtype_is_refused(tmp_path):
+    settings, problems = dpotrainer.parse_settings(["--config", str(write_yaml(tmp_path / "n.yaml", dtype=None))])
+    assert problems == [] and dpotrainer.check_settings(settings) == ["dtype=None: is empty; give a value"]
+
+
 def test_every_clash_of_the_program_is_tried_here(flags, monkeypatch):
-    fired = set()
+    fired = {i for i, (name, *_) in enumerate(dpotrainer.RULES) if name == "dtype"}  # above: a flag cannot say null
     for _, words, variables in CLASHES:
         with monkeypatch.context() as patch:
             for variable, value in variables.items():
@@ -356,7 +374,7 @@ def test_what_trl_itself_refuses_is_told_as_a_problem(refuse):
 
 
 def test_losses_with_too_few_or_too_many_weights_are_refused(refuse):
-    assert "2 weights for 1 loss types" in refuse("--loss_weights", "1", "2")
+    assert "must be one number for each loss_type" in refuse("--loss_weights", "1", "2")
 
 
 @pytest.mark.parametrize("name", ["model_name_or_path", "dataset_name", "ref_model_name_or_path"])
