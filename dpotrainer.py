@@ -1165,7 +1165,7 @@ FAULTS = (  # kind and words of a library's error; exit status, 2 being a mistak
     (BaseException, "No space left|quota exceeded|File too large|inline_container", 1,  # the last one is torch.save's
      "a file could not be written, older checkpoints are untouched: make room and run the same command again"),
     (OSError, "safetensors", 2, "model_name_or_path: give weights as safetensors: pickled ones can run code"),
-    (KeyboardInterrupt, "", 130, "interrupted; the same command goes on from the last checkpoint"),
+    (KeyboardInterrupt, "", 130, "interrupted; the same command goes on from where output_dir stands"),
     (Timeout, r"/\.lock'", 2, "output_dir: another run is writing there; wait, or choose another"),
     ((OSError, ValueError, TypeError, ImportError, NotImplementedError), "", 2, "settings"),
 )  # fmt: skip
