@@ -330,7 +330,13 @@ def test_other_settings_are_refused_with_the_differences(inputs, finished, capsy
     before = tiny.tree(finished[0])
     assert dpotrainer.main(tiny.settings(*inputs, finished[0], beta=0.2, lora_r=8, per_device_train_batch_size=2)) == 2
     message = capsys.readouterr().err
-    for line in ("there  beta: 0.1", "here   beta: 0.2", "there  lora_r: 4", "here   lora_r: 8"):
+    for line in (
+        "a run with other settings",
+        "there  beta: 0.1",
+        "here   beta: 0.2",
+        "there  lora_r: 4",
+        "here   lora_r: 8",
+    ):
         assert line in message
     assert "per_device_train_batch_size" not in message, "changes no result"
     assert "another output_dir" in message and "--overwrite true" in message and tiny.tree(finished[0]) == before
