@@ -49,7 +49,6 @@ import torch.nn.functional as F
 import transformers
 import trl
 import yaml
-from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HOME
@@ -377,7 +376,7 @@ def canonical_pair(row: dict, layout: str) -> tuple[list[dict], list[dict], list
         prompt = chosen[:size] if any(turn["role"] == "user" for turn in chosen[:size]) else []
         chosen, rejected = chosen[size:], rejected[size:]
     ends = [turns[-1] for turns in (prompt, chosen, rejected) if turns]
-    filled = chosen and rejected and all(turn["content"].strip() or "tool_calls" in turn for turn in ends)
+    filled = chosen and rejected and all(turn["content"].strip() or turn.get("tool_calls") for turn in ends)
     reasons = {"empty side": not filled,
                "tied scores": any(row.get(a) not in (None, "") and row[a] == row.get(b) for a, b in SCORES),
                "no final assistant turn": any(turn["role"] != "assistant" for turn in ends[-2:]),
@@ -610,26 +609,30 @@ def build_trainer(s, args, start, train, held_out) -> "PreferenceTrainer":
     return trainer
 
 
-class BalancedSampler(SeedableRandomSampler):
-    """Random order, in which the forward passes of an optimizer step have alike much to do: no process waits long.
+class BalancedSampler(torch.utils.data.Sampler):
+    """Random order in whole steps; the forward passes of a step have alike much to do, so that no process waits long.
 
-    The pairs of the step stay the same, and so does its gradient, but for losses that see a whole pass (aot, sft).
+    The pairs of a step, and so its gradient, do not depend on the number of processes, but for losses that see a whole
+    pass (aot, sft). The last step of an epoch is filled up with pairs from its start.
     """
 
-    def __init__(self, needed: np.ndarray, size: int, passes: int, **options):
-        super().__init__(needed, **options)
-        self.needed, self.size, self.passes = needed, size, passes
+    def __init__(self, needed: np.ndarray, size: int, passes: int, seed: int):
+        self.needed, self.size, self.passes, self.seed, self.epoch = needed, size, passes, seed, 0
+
+    def __len__(self):
+        return math.ceil(len(self.needed) / (self.size * self.passes)) * self.size * self.passes
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
 
     def __iter__(self):
-        order, step = np.array(list(super().__iter__())), self.size * self.passes
-        for pairs in np.split(order, range(step, len(order), step)):
-            if len(pairs) == step:  # accelerate gives pass k to process k mod their number
-                ranked = pairs[np.argsort(-self.needed[pairs], kind="stable")].reshape(self.size, self.passes)
-                hands = ranked[:1].T
-                for row in ranked[1:]:  # the largest to who has least so far
-                    hands = np.c_[hands[np.argsort(self.needed[hands].sum(1), kind="stable")], row]
-                pairs = hands.flatten()
-            yield from pairs.tolist()
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.needed))
+        for pairs in np.resize(order, (len(self) // (self.size * self.passes), self.size * self.passes)):
+            ranked = pairs[np.argsort(-self.needed[pairs], kind="stable")].reshape(self.size, self.passes)
+            hands = ranked[:1].T
+            for row in ranked[1:]:  # the largest to who has least so far
+                hands = np.c_[hands[np.argsort(self.needed[hands].sum(1), kind="stable")], row]
+            yield from hands.flatten().tolist()  # accelerate gives pass k to process k mod their number
 
 
 class PreferenceTrainer(trl.DPOTrainer):
@@ -638,13 +641,10 @@ class PreferenceTrainer(trl.DPOTrainer):
     def _prepare_dataset(self, dataset, *_):
         return dataset  # load_preferences has tokenised and checked it
 
-    def get_train_dataloader(self):
-        loader, args = super().get_train_dataloader(), self.args
-        if self.data_collator.share_prefixes:
-            needed, seed = np.array(self.train_dataset["needed_tokens"]), loader.get_sampler().initial_seed
-            passes = args.gradient_accumulation_steps * args.world_size
-            loader.set_sampler(BalancedSampler(needed, args.per_device_train_batch_size, passes, data_seed=seed))
-        return loader
+    def _get_train_sampler(self, *_):
+        args, needed = self.args, np.array(self.train_dataset["needed_tokens"])
+        passes, seed = args.gradient_accumulation_steps * args.world_size, args.data_seed or args.seed
+        return BalancedSampler(needed, args.per_device_train_batch_size, passes, seed)
 
     def _prepare_inputs(self, inputs):
         """The batch on this device, with the reference's log-probs, (B,) each, unless the cache has put them there."""
@@ -741,7 +741,7 @@ def reference_file(trainer: PreferenceTrainer, s, start, hashes: np.ndarray) -> 
             getattr((trainer.ref_model or trainer.model).config, "_commit_hash", None)]  # fmt: skip
     for name in filter(None, (start.base, start.adapter, s.ref_model_name_or_path)):
         files = [path.stat() for path in sorted(Path(name).glob("*.safetensors"))]  # none, where it is a hub's
-        what += [name, [(file.st_size, file.st_mtime_ns) for file in files]]
+        what += [name, find_adapter_config_file(name), [(file.st_size, file.st_mtime_ns) for file in files]]
     return Path(HF_HOME, "dpotrainer", f"reference-{hashlib.blake2b(repr(what).encode(), digest_size=8).hexdigest()}")
 
 

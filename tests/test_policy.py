@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from accelerate.data_loader import SeedableRandomSampler
 from matplotlib.figure import Figure
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
@@ -527,20 +526,32 @@ def test_passes_of_a_step_are_balanced_and_no_pair_changes_its_step():
     """Against the same random order, undealt: 200 pairs of very different sizes, 8 passes of 4 in each step."""
     rng = np.random.default_rng(0)
     needed = rng.lognormal(6, 0.6, 200).astype(int)
-    sampler = dpotrainer.BalancedSampler(needed, size=4, passes=8, data_seed=3)
-    first, plain = list(sampler), list(SeedableRandomSampler(needed, data_seed=3))
-    assert len(sampler) == 200 and sorted(first) == list(range(200))
-    for at in range(0, 200, 32):
+    sampler = dpotrainer.BalancedSampler(needed, size=4, passes=8, seed=3)
+    first, plain = list(sampler), list(dpotrainer.BalancedSampler(np.ones(200, int), size=4, passes=8, seed=3))
+    assert len(sampler) == len(first) == 224 and set(first) == set(range(200))
+    for at in range(0, 224, 32):
         assert set(first[at : at + 32]) == set(plain[at : at + 32])
-    assert first[192:] == plain[192:]  # the step that is not full
-    whole, undealt = (needed[np.array(some[:192])].reshape(-1, 8, 4).sum(2) for some in (first, plain))
+    whole, undealt = (needed[np.array(some)].reshape(-1, 8, 4).sum(2) for some in (first, plain))
     assert ((whole.max(1) / whole.mean(1)) < (undealt.max(1) / undealt.mean(1))).all()
     assert (whole.max(1) - whole.min(1)).mean() < 0.25 * (undealt.max(1) - undealt.min(1)).mean()
     sampler.set_epoch(1)
-    second = list(sampler)
-    assert second != first and sorted(second) == list(range(200))
+    assert set(list(sampler)) == set(range(200)) and list(sampler) != first
     sampler.set_epoch(0)
     assert list(sampler) == first
+
+
+@pytest.mark.parametrize("count, size, passes", [(35, 4, 4), (3, 2, 8), (48, 4, 4), (1, 1, 1)])
+def test_the_last_step_of_an_epoch_is_filled_up_with_pairs_from_its_start(count, size, passes):
+    """Every step has the pairs that it has with one process; none is left out, none comes more than once too often."""
+    sampler = dpotrainer.BalancedSampler(np.ones(count, int), size, passes, seed=0)
+    order, step = list(sampler), size * passes
+    assert len(order) == len(sampler) and len(order) % step == 0 and len(order) - count < step
+    times = np.bincount(order, minlength=count)
+    assert len(times) == count and times.min() >= 1 and times.max() - times.min() <= 1
+    assert {i for i in range(count) if times[i] > times.min()} <= set(order[:step])
+    alone = list(dpotrainer.BalancedSampler(np.ones(count, int), 1, step, seed=0))
+    for at in range(0, len(order), step):
+        assert sorted(order[at : at + step]) == sorted(alone[at : at + step])
 
 
 def test_compiled_layers_train_the_same(base, data, train):

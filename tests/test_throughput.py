@@ -45,7 +45,7 @@ def test_benchmark_prints_and_saves_what_it_measures(command, tmp_path, monkeypa
         stock, ours = result["table"]
         assert (stock["row"], ours["row"]) == ("stock", "+ shared prefixes")
         assert stock["times stock"] == [1, 1, 1] and stock["loss difference"] == 0
-        assert ours["loss difference"] < 1e-4
+        assert ours["loss difference"] < 1e-4 and min(stock["peak GiB"], ours["peak GiB"]) > 0.1  # torch alone
         losses = [step[1] for step in result["steps"]["stock"][-1]]
         assert abs(losses[-1] - 0.693147) > 1e-4  # the weights moved
         seconds = [[step[0] for step in repeat] for repeat in result["steps"]["+ shared prefixes"]]

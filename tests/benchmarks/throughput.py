@@ -15,15 +15,16 @@ folder: the speed of a dense model does not depend on them.
 work, for N weights in the layers' matrices: 2N per needed token forward, 2N backward (the weights are frozen; LoRA's
 own get 4N) and 2N for the reference; the same with the head's weights per scored token. MFU is that work over the
 time, as a share of the rate of a plain matrix product on the same machine. Attention and the recomputation of
-checkpointing do not count there and have columns of their own. Peak memory is the process's, with the
-base once and every row's adapter in it.
+checkpointing do not count there and have columns of their own. Peak memory is the process's in a forward and backward
+pass of the row's largest batch, after the repeats, with the base once and every row's adapter in it. In timed steps
+freed memory is kept, on a CPU too: else page faults, which larger batches have more of, are timed as well.
 """
 
 import argparse
 import copy
+import ctypes
 import gc
 import json
-import os
 import random
 import re
 import statistics
@@ -38,7 +39,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
@@ -141,29 +141,49 @@ def build_trainers(base, pairs, tokenizer, checkpointing, arguments):
 
 
 def run_step(trainer, examples, device):
-    """One optimizer step: (seconds, loss, peak bytes, seconds of processor time)."""
+    """One optimizer step: (seconds, loss, seconds of processor time)."""
     batch = trainer.data_collator(examples)
     if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
-    elif os.path.exists("/proc/self/clear_refs"):
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak resident size
     start, processor = time.perf_counter(), time.process_time()
     loss = trainer.training_step(trainer.model_wrapped, batch)
     trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
     loss = loss.item()  # waits for the GPU
-    seconds, processor = time.perf_counter() - start, time.process_time() - processor
+    return time.perf_counter() - start, loss, time.process_time() - processor
+
+
+def keep_memory(keep):
+    """Whether freed memory of the CPU stays with this process, as torch keeps a GPU's: glibc alone can be asked."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0 if keep else 65536)  # M_MMAP_MAX: large blocks come from the heap too
+        libc.mallopt(-1, -1 if keep else 2**17)  # M_TRIM_THRESHOLD: the heap never shrinks
+        libc.malloc_trim(0)
+
+
+def measure_peak(trainer, batches, device):
+    """Bytes at the peak of a forward and backward pass over the largest batch; 0 where they cannot be known."""
+    batches = map(trainer.data_collator, batches)
+    largest = max(batches, key=lambda batch: batch.get("plan", batch)["input_ids"].numel())
+    gc.collect()
+    keep_memory(False)
+    reset = Path("/proc/self/clear_refs")
     if device == "cuda":
-        return seconds, loss, torch.cuda.max_memory_allocated(), processor
-    status = Path("/proc/self/status")
-    peak = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
-    return seconds, loss, int(peak[1]) * 1024 if peak else 0, processor
+        torch.cuda.reset_peak_memory_stats()
+    elif reset.exists():
+        reset.write_text("5")  # resets VmHWM, the peak resident size
+    trainer.training_step(trainer.model_wrapped, largest)
+    trainer.model.zero_grad()
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 if reset.exists() else 0
 
 
 def measure(trainers, batches, arguments):
     """Every step of every repeat, row after row, there and back: {row: [repeat][step] of what run_step returns}."""
+    keep_memory(True)
     for trainer in trainers.values():  # fills caches, compiles; moves nothing
         trainer.training_step(trainer.model_wrapped, trainer.data_collator(batches[-1]))
         trainer.model.zero_grad()
@@ -220,9 +240,8 @@ def count_waiting(dataset, arguments):
     needed = np.array([sum(collator([pair])["plan"]["query_lengths"]) for pair in dataset])
     step = min(arguments.global_batch, len(needed) // (size * arguments.processes) * size * arguments.processes)
     needed, found = needed[: len(needed) // step * step], {}
-    balanced = dpotrainer.BalancedSampler(needed, size, step // size, data_seed=arguments.seed)
-    for name, order in (("random", SeedableRandomSampler(needed, data_seed=arguments.seed)), ("balanced", balanced)):
-        tokens = []
+    for name, sizes in (("random", np.ones_like(needed)), ("balanced", needed)):
+        order, tokens = dpotrainer.BalancedSampler(sizes, size, step // size, seed=arguments.seed), []
         for epoch in range(20):
             order.set_epoch(epoch)
             pairs = np.array(list(order))
@@ -245,7 +264,7 @@ def ratio_to_stock(stock, repeats, field):
     return statistics.median(ratios), min(ratios), max(ratios)
 
 
-def summarize(taken, work, rate):
+def summarize(taken, peaks, work, rate):
     """One dict of figures per row of the table; rates are those of each step's median over the repeats."""
     stock, table = taken["stock"], []
     for row, repeats in taken.items():
@@ -255,11 +274,11 @@ def summarize(taken, work, rate):
         figures["needed tokens/s"] = work["needed"] / seconds
         for name, kind in (("MFU", "useful"), ("+ attention", "attention"), ("+ recomputation", "recomputation")):
             figures[name] = work[kind] / seconds / rate
-        figures["peak GiB"] = max(step[2] for repeat in repeats for step in repeat) / 2**30
+        figures["peak GiB"] = peaks[row] / 2**30
         pairs_of_steps = (steps for old, new in zip(stock, repeats) for steps in zip(old, new))
         figures["loss difference"] = max(abs(theirs[1] - ours[1]) for theirs, ours in pairs_of_steps)
         figures["times stock"] = ratio_to_stock(stock, repeats, 0)
-        figures["in processor time"] = ratio_to_stock(stock, repeats, 3)
+        figures["in processor time"] = ratio_to_stock(stock, repeats, 2)
         table.append(figures)
     return table
 
@@ -317,7 +336,8 @@ def main():
             waiting = count_waiting(trainers["stock"].train_dataset, arguments)
         lora_weights = sum(w.numel() for w in trainers["stock"].model.parameters() if w.requires_grad)
         work, taken = count_work(base, lora_weights, batches, arguments), measure(trainers, batches, arguments)
-        table = summarize(taken, work, rate)
+        peaks = {row: measure_peak(trainer, batches, arguments.device) for row, trainer in trainers.items()}
+        table = summarize(taken, peaks, work, rate)
         print_table(table, checkpointing, arguments.device)
         results.append({"checkpointing": checkpointing, "work": work, "table": table, "steps": taken})
         for figures in table if arguments.profile else ():
