@@ -49,24 +49,13 @@ import torch.nn.functional as F
 import transformers
 import trl
 import yaml
-from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
-from huggingface_hub.constants import HF_HOME
 from matplotlib.figure import Figure
-from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import set_zero3_state
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl.data_utils import common_prefix_length
-from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import global_then_local_main_first, remove_none_values, use_adapter
 
 # fmt: off
 # ----------------------------------------------------------------------------------------------- constants: edit these
@@ -426,7 +415,7 @@ def measure_pair(prompt: list[int], chosen: list[int], rejected: list[int], max_
 
 def prepare_pair(row: dict, index: int, layout: str, tokenizer, raw: bool, max_length: int | None) -> dict:
     """A row as it was read to the columns PREPARED; a pair dropped before it is tokenized has no tokens."""
-    row = remove_none_values(row)  # arrow gives every struct of a column the keys of all of them
+    row = trl.trainer.utils.remove_none_values(row)  # arrow gives every struct of a column the keys of all of them
     try:
         *pair, reason = canonical_pair(row, layout)
         if reason:
@@ -510,7 +499,7 @@ def read_splits(s: argparse.Namespace) -> dict:
 
 def load_preferences(s: argparse.Namespace, tokenizer) -> tuple:
     """(train, held_out or None, report): the pairs, read, checked, tokenized to PREPARED's first five, and split."""
-    with global_then_local_main_first():  # the other processes find the main one's work in the cache
+    with trl.trainer.utils.global_then_local_main_first():  # the other processes find the main one's work in the cache
         parts = {split: prepare_split(data, split, s, tokenizer) for split, data in read_splits(s).items()}
     train, held_out, *_ = *(pairs for pairs, _ in parts.values()), None
     if held_out is None:  # a fifth at most; picked by their hashes, equal pairs stay on one side
@@ -600,11 +589,11 @@ def build_trainer(s, args, start, train, held_out) -> "PreferenceTrainer":
     )  # fmt: skip
     trainer.precompute_ref_logps = True  # every batch brings them
     if not is_sharded():  # TRL makes QLoRA's bf16, which rounds most steps of a learning rate of 5e-6 away
-        cast_adapter_dtype(trainer.model, "default")
+        peft.tuners.tuners_utils.cast_adapter_dtype(trainer.model, "default")
     for module in trainer.model.modules():
         if args.bf16 and args.device.type == "cuda":  # PEFT casts up and autocast down again: lossless, not free
             module.cast_input_dtype_enabled = False
-        if s.torch_compile and isinstance(module, GradientCheckpointingLayer):  # a decoder layer: alike, so one graph
+        if s.torch_compile and isinstance(module, transformers.modeling_layers.GradientCheckpointingLayer):
             module.compile(backend=s.torch_compile_backend or "inductor", mode=s.torch_compile_mode, dynamic=True)
     return trainer
 
@@ -641,10 +630,11 @@ class PreferenceTrainer(trl.DPOTrainer):
     def _prepare_dataset(self, dataset, *_):
         return dataset  # load_preferences has tokenised and checked it
 
-    def _get_train_sampler(self, *_):
-        args, needed = self.args, np.array(self.train_dataset["needed_tokens"])
+    def get_train_dataloader(self):
+        loader, args, needed = super().get_train_dataloader(), self.args, np.array(self.train_dataset["needed_tokens"])
         passes, seed = args.gradient_accumulation_steps * args.world_size, args.data_seed or args.seed
-        return BalancedSampler(needed, args.per_device_train_batch_size, passes, seed)
+        loader.set_sampler(BalancedSampler(needed, args.per_device_train_batch_size, passes, seed))
+        return loader
 
     def _prepare_inputs(self, inputs):
         """The batch on this device, with the reference's log-probs, (B,) each, unless the cache has put them there."""
@@ -742,7 +732,8 @@ def reference_file(trainer: PreferenceTrainer, s, start, hashes: np.ndarray) -> 
     for name in filter(None, (start.base, start.adapter, s.ref_model_name_or_path)):
         files = [path.stat() for path in sorted(Path(name).glob("*.safetensors"))]  # none, where it is a hub's
         what += [name, find_adapter_config_file(name), [(file.st_size, file.st_mtime_ns) for file in files]]
-    return Path(HF_HOME, "dpotrainer", f"reference-{hashlib.blake2b(repr(what).encode(), digest_size=8).hexdigest()}")
+    key = hashlib.blake2b(repr(what).encode(), digest_size=8).hexdigest()
+    return Path(datasets.config.HF_CACHE_HOME, "dpotrainer", f"reference-{key}")
 
 
 def cache_reference(trainer: PreferenceTrainer, s, start) -> None:
@@ -759,7 +750,7 @@ def cache_reference(trainer: PreferenceTrainer, s, start) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         known = np.memmap(path, "<f4", "r+", shape=(len(hashes), 2))
-    (known,) = broadcast_object_list([known])
+    (known,) = accelerate.utils.broadcast_object_list([known])
     todo = np.flatnonzero(~(known < 0).all(1))
     say(f"reference log-probs: {len(hashes) - len(todo)} of {len(hashes)} pairs are in {path}")
     size = s.precompute_ref_batch_size or s.per_device_eval_batch_size
@@ -810,7 +801,7 @@ def plan_shared_prefixes(input_ids, attention_mask):
 
 
 @dataclass
-class PreferenceCollator(DataCollatorForPreference):
+class PreferenceCollator(trl.trainer.dpo_trainer.DataCollatorForPreference):
     """TRL's collator for pairs; with `share_prefixes` the batch carries the plan of the packed row as well."""
 
     share_prefixes: bool = True
@@ -847,7 +838,8 @@ def shared_prefix_attention(module, query, key, value, attention_mask, shared_pr
     Calls without a plan, such as those of generation, go to SDPA as they came.
     """
     if shared_prefixes is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        attend = transformers.integrations.sdpa_attention.sdpa_attention_forward
+        return attend(module, query, key, value, attention_mask, **kwargs)
     plan, scale, device = shared_prefixes, kwargs.get("scaling"), query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype  # as SDPA casts
     query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # (T, heads, D)
@@ -890,7 +882,7 @@ def share_prefixes(model):
         return output
 
     transformers.AttentionInterface.register("shared_prefixes", shared_prefix_attention)
-    transformers.AttentionMaskInterface.register("shared_prefixes", sdpa_mask)
+    transformers.AttentionMaskInterface.register("shared_prefixes", transformers.masking_utils.sdpa_mask)
     model.set_attn_implementation("shared_prefixes")
     model.base_model.register_forward_pre_hook(pack, with_kwargs=True)
     model.base_model.register_forward_hook(unpack, with_kwargs=True)
@@ -925,7 +917,7 @@ def why_not_shared(model, settings=None):
 def measure_model(s, start, shared: int, padded: int) -> tuple[int, int, dict[str, float], str | None]:
     """Weights in all, and trained; GiB at so many tokens a batch; why prefixes are not shared: from shapes alone."""
     dtype, config = getattr(torch, s.dtype, torch.bfloat16), start.config.get_text_config()
-    with torch.device("meta"), set_zero3_state():  # ZeRO-3 would part out weights that are not there
+    with torch.device("meta"), transformers.modeling_utils.set_zero3_state():  # which would part out absent weights
         model = transformers.AutoModelForCausalLM.from_config(start.config, dtype=dtype)
         reason = why_not_shared(model, s)
         lora = peft.PeftConfig.from_pretrained(start.adapter) if start.continues else trl.get_peft_config(s)
@@ -1035,7 +1027,7 @@ def format_row(row: dict) -> str:
     return text + interval.format_map(cells) if "eval_loss" in row else text
 
 
-class Bar(ProgressCallback):
+class Bar(transformers.ProgressCallback):
     """transformers' bar with time left, without its log lines: the rows are Report's."""
 
     on_log = transformers.TrainerCallback.on_log
@@ -1116,7 +1108,7 @@ def show_samples(trainer: PreferenceTrainer, s: argparse.Namespace, report: Repo
     prompts, tokens = trainer.eval_dataset["prompt_ids"][: s.sample_prompts], np.zeros(2)
     samples = [f"# Held-out prompts, greedy, then sampled (seed {s.seed}); reward = beta * (log pi - log pi_ref)\n\n"]
     for mode in ("greedy", "sampled"):
-        with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):  # of no effect on a second model
+        with trl.trainer.utils.use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
             before = generate_answers(trainer, trainer.ref_model or policy, prompts, mode == "sampled")
         after = generate_answers(trainer, policy, prompts, mode == "sampled")
         pairs = [dict(zip(PREPARED, pair)) for pair in zip(prompts, before, after)]
@@ -1224,7 +1216,7 @@ def resume_point(trainer: PreferenceTrainer, folder: Path) -> str | None:
                 continue
         say(f"{path} is not whole: moved to {path.rename(folder / f'incomplete-{path.name}-{time.strftime(STAMP)}')}")
     trainer.accelerator.wait_for_everyone()
-    newest = get_last_checkpoint(folder)
+    newest = transformers.trainer_utils.get_last_checkpoint(folder)
     if newest:
         say(f"continuing from {newest}")
     return newest
@@ -1234,7 +1226,7 @@ class Ending(transformers.TrainerCallback):
     """After SIGTERM or Ctrl-C all processes finish the step, save and stop; a second signal stops at once."""
 
     def __init__(self, accelerator):
-        self.accelerator, self.heard, self.since = accelerator, 0, math.inf
+        self.accelerator, self.is_over, self.heard, self.since = accelerator, False, 0, math.inf
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.hear)
 
@@ -1243,26 +1235,21 @@ class Ending(transformers.TrainerCallback):
             os._exit(128 + number)
         self.heard, self.since = self.heard or number, min(self.since, time.monotonic())
 
-    def is_over(self) -> bool:
+    def on_step_end(self, args, state, control, **kwargs):
         if self.heard:  # not all processes hear a signal, or not at the same step
             self.accelerator.set_trigger()
-        return self.accelerator.check_trigger()
+        self.is_over |= self.accelerator.check_trigger()
+        control.should_save |= self.is_over
+        control.should_training_stop |= self.is_over
 
-    def on_step_end(self, args, state, control, **kwargs):
-        self.is_ending = self.is_over()
-        control.should_save |= self.is_ending
-
-    def on_save(self, args, state, control, **kwargs):
+    def on_train_end(self, args, state, control, **kwargs):
+        self.on_step_end(args, state, control)  # a signal may have come in the last evaluation
         self.accelerator.wait_for_everyone()  # when one process ends, a launcher stops the others
-        if self.is_over() or self.is_ending:  # it may have come in the evaluation since
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what follows saves all or nothing, and is done again
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.is_over:
             text = f"interrupted and saved at step {state.global_step}; the same command continues"
             raise UserError(text, 128 + (self.heard or signal.SIGTERM))
-
-    def on_train_end(self, *args, **kwargs):  # what follows saves all or nothing, and is done again after a signal
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self.heard:
-            signal.raise_signal(self.heard)
 
 
 def train_policy(s: argparse.Namespace, trainer: PreferenceTrainer, start: argparse.Namespace) -> Report:
@@ -1270,8 +1257,8 @@ def train_policy(s: argparse.Namespace, trainer: PreferenceTrainer, start: argpa
     if s.precompute_ref_log_probs:
         cache_reference(trainer, s, start)
     checkpoint, report = resume_point(trainer, Path(s.output_dir)), Report(trainer, s)
-    trainer.remove_callback(PrinterCallback)
-    if trainer.pop_callback(ProgressCallback):
+    trainer.remove_callback(transformers.PrinterCallback)
+    if trainer.pop_callback(transformers.ProgressCallback):
         trainer.add_callback(Bar)
     trainer.callback_handler.callbacks += [report, Ending(trainer.accelerator)]
     if is_main():  # from here on, the folder is this run's

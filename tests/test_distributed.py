@@ -220,6 +220,15 @@ def test_two_processes_resume_in_the_second_epoch(run, tmp_path):
     assert tiny.losses(tmp_path / "out") == tiny.losses(whole) and len(tiny.losses(whole)) == 16
 
 
+def test_an_epoch_that_its_steps_do_not_divide(run, tmp_path):
+    """32 pairs in steps of 12: what fills up the third is the same on one process and on two."""
+    run(1, global_batch_size=12, num_train_epochs=2)
+    alone = (tmp_path / "out").rename(tmp_path / "alone")
+    run(2, global_batch_size=12, num_train_epochs=2)
+    same_trajectory(tmp_path / "out", alone)
+    assert list(tiny.losses(alone)) == [1, 2, 3, 4, 5, 6]
+
+
 def test_accumulation_over_two_processes(run, one, tmp_path):
     run(2, per_device_train_batch_size=1, per_device_eval_batch_size=3)
     same_trajectory(tmp_path / "out", one)
@@ -263,7 +272,7 @@ def test_two_processes_fill_one_cache(run, one, tmp_path):
 
 
 def own_cache(program, folder):
-    program.HF_HOME = str(folder)
+    program.datasets.config.HF_CACHE_HOME = str(folder)
 
 
 def test_hosts_with_caches_of_their_own_need_only_the_first_one_s(run, one, tmp_path):

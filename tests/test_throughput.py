@@ -27,7 +27,12 @@ def command(tmp_path):
     options = {"device": "cpu", "model": "qwen3-2x64", "per_device": "2", "steps": "3", "repeats": "2"}
     options |= {"processes": "2", "global_batch": "4"}
     options |= {name: str(tmp_path / path) for name, path in paths.items()}
-    return [str(BENCHMARK), *(word for name, value in options.items() for word in (f"--{name}", value)), "--profile"]
+    return [
+        str(BENCHMARK),
+        *(word for name, value in options.items() for word in (f"--{name}", value)),
+        "--profile",
+        "--keep_memory",
+    ]
 
 
 def test_benchmark_prints_and_saves_what_it_measures(command, tmp_path, monkeypatch, capsys):

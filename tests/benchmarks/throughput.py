@@ -16,8 +16,9 @@ work, for N weights in the layers' matrices: 2N per needed token forward, 2N bac
 own get 4N) and 2N for the reference; the same with the head's weights per scored token. MFU is that work over the
 time, as a share of the rate of a plain matrix product on the same machine. Attention and the recomputation of
 checkpointing do not count there and have columns of their own. Peak memory is the process's in a forward and backward
-pass of the row's largest batch, after the repeats, with the base once and every row's adapter in it. In timed steps
-freed memory is kept, on a CPU too: else page faults, which larger batches have more of, are timed as well.
+pass of the row's largest batch, after the repeats, with the base once and every row's adapter in it. On a CPU, large
+tensors are given back to the system as they are freed, and the page faults of the next ones are timed as well; larger
+batches have more of them. --keep_memory keeps such memory for the process, as torch keeps a GPU's.
 """
 
 import argparse
@@ -75,6 +76,7 @@ def parse_arguments():
     parser.add_argument("--steps", type=int, default=8, help="steps in a repeat, each on other pairs")
     parser.add_argument("--repeats", type=int, default=3, help="how often to run those steps")
     parser.add_argument("--checkpointing", choices=("off", "on"), nargs="+", default=["off", "on"])
+    parser.add_argument("--keep_memory", action="store_true", help="in the timed steps (CPU, glibc)")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=8, help="for the count of waiting")
@@ -155,35 +157,35 @@ def run_step(trainer, examples, device):
 
 
 def keep_memory(keep):
-    """Whether freed memory of the CPU stays with this process, as torch keeps a GPU's: glibc alone can be asked."""
+    """Whether large tensors of the CPU, once freed, stay with this process: glibc alone can be asked."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0 if keep else 65536)  # M_MMAP_MAX: large blocks come from the heap too
-        libc.mallopt(-1, -1 if keep else 2**17)  # M_TRIM_THRESHOLD: the heap never shrinks
+        libc.mallopt(-4, 0 if keep else 65536)  # M_MMAP_MAX: they come from the heap too
+        libc.mallopt(-1, -1 if keep else 2**26)  # M_TRIM_THRESHOLD: the heap never shrinks; else, what glibc makes it
         libc.malloc_trim(0)
 
 
-def measure_peak(trainer, batches, device):
+def measure_peak(trainer, batches, arguments):
     """Bytes at the peak of a forward and backward pass over the largest batch; 0 where they cannot be known."""
-    batches = map(trainer.data_collator, batches)
+    batches, reset = map(trainer.data_collator, batches), Path("/proc/self/clear_refs")
     largest = max(batches, key=lambda batch: batch.get("plan", batch)["input_ids"].numel())
-    gc.collect()
-    keep_memory(False)
-    reset = Path("/proc/self/clear_refs")
-    if device == "cuda":
+    if arguments.keep_memory:
+        keep_memory(False)
+    if arguments.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif reset.exists():
         reset.write_text("5")  # resets VmHWM, the peak resident size
     trainer.training_step(trainer.model_wrapped, largest)
     trainer.model.zero_grad()
-    if device == "cuda":
+    if arguments.device == "cuda":
         return torch.cuda.max_memory_allocated()
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 if reset.exists() else 0
 
 
 def measure(trainers, batches, arguments):
     """Every step of every repeat, row after row, there and back: {row: [repeat][step] of what run_step returns}."""
-    keep_memory(True)
+    if arguments.keep_memory:
+        keep_memory(True)
     for trainer in trainers.values():  # fills caches, compiles; moves nothing
         trainer.training_step(trainer.model_wrapped, trainer.data_collator(batches[-1]))
         trainer.model.zero_grad()
@@ -336,7 +338,7 @@ def main():
             waiting = count_waiting(trainers["stock"].train_dataset, arguments)
         lora_weights = sum(w.numel() for w in trainers["stock"].model.parameters() if w.requires_grad)
         work, taken = count_work(base, lora_weights, batches, arguments), measure(trainers, batches, arguments)
-        peaks = {row: measure_peak(trainer, batches, arguments.device) for row, trainer in trainers.items()}
+        peaks = {row: measure_peak(trainer, batches, arguments) for row, trainer in trainers.items()}
         table = summarize(taken, peaks, work, rate)
         print_table(table, checkpointing, arguments.device)
         results.append({"checkpointing": checkpointing, "work": work, "table": table, "steps": taken})
