@@ -367,6 +367,15 @@ def test_the_evaluation_has_the_loss_of_its_objective(loss_type, base, sft, data
     assert abs(tiny.evaluations(output)[-1]["eval_loss"] - torch.cat(each).mean()) < 1e-4
 
 
+def test_ties_count_as_wrong_also_held_out(base, train):
+    """Before the first step all margins are 0."""
+    output, _ = train(base, max_steps=1, eval_on_start=True)
+    first, last = tiny.evaluations(output)
+    assert abs(first["eval_loss"] - LN2) < 1e-6 and first["eval_rewards/margins"] == 0
+    assert first["eval_rewards/accuracies"] == first["eval_rewards/accuracies_low"] == 0
+    assert last["eval_rewards/accuracies"] > 0
+
+
 def test_robust_without_noise_says_that_it_is_sigmoid(base, train):
     _, printed = train(base, loss_type="robust", dry_run=True)
     assert "equals sigmoid" in printed
