@@ -595,23 +595,18 @@ def build_trainer(s, args, start, train, held_out) -> "PreferenceTrainer":
     return trainer
 
 
-class BalancedSampler(torch.utils.data.Sampler):
+class BalancedSampler(torch.utils.data.DistributedSampler):
     """Random order in whole steps, an epoch's last one filled up with pairs from its start. The passes of a step have
     alike much to do, so that no process waits long; which pairs it has does not depend on the number of processes."""
 
     def __init__(self, needed: np.ndarray, size: int, passes: int, seed: int):
-        self.needed, self.size, self.passes, self.seed, self.epoch = needed, size, passes, seed, 0
-
-    def __len__(self):
-        return math.ceil(len(self.needed) / (self.size * self.passes)) * self.size * self.passes
-
-    def set_epoch(self, epoch: int):
-        self.epoch = epoch
+        self.needed, self.shape = needed, (math.ceil(len(needed) / (size * passes)), size, passes)
+        super().__init__(range(math.prod(self.shape)), num_replicas=1, rank=0, seed=seed)  # for set_epoch, __len__
 
     def __iter__(self):
         order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.needed))
-        for pairs in np.resize(order, (len(self) // (self.size * self.passes), self.size * self.passes)):
-            ranked = pairs[np.argsort(-self.needed[pairs], kind="stable")].reshape(self.size, self.passes)
+        for pairs in np.resize(order, self.shape):
+            ranked = pairs.flat[np.argsort(-self.needed[pairs], axis=None, kind="stable")].reshape(pairs.shape)
             hands = ranked[:0].T
             for row in ranked:  # the largest to who has least so far
                 hands = np.c_[hands[np.argsort(self.needed[hands].sum(1), kind="stable")], row]
@@ -624,10 +619,12 @@ class PreferenceTrainer(trl.DPOTrainer):
     def _prepare_dataset(self, dataset, *_):
         return dataset  # load_preferences has tokenised and checked it
 
-    def _get_train_sampler(self, *_):
-        args, needed = self.args, np.array(self.train_dataset["needed_tokens"])
+    def get_train_dataloader(self):
+        loader, args, needed = super().get_train_dataloader(), self.args, np.array(self.train_dataset["needed_tokens"])
         passes, seed = args.gradient_accumulation_steps * args.world_size, args.data_seed or args.seed
-        return BalancedSampler(needed, args.per_device_train_batch_size, passes, seed)
+        # set into all layers of the loader, or a run that two processes resume in its second epoch has another order
+        loader.set_sampler(BalancedSampler(needed, args.per_device_train_batch_size, passes, seed))
+        return loader
 
     def _prepare_inputs(self, inputs):
         """The batch on this device, with the reference's log-probs, (B,) each, unless the cache has put them there."""
@@ -698,30 +695,23 @@ def pair_metrics(scores) -> dict[str, float]:
     return means | dict(zip(BOUNDS, (min(low, p), max(high, p))))
 
 
-def reference_file(trainer: PreferenceTrainer, s, hashes: np.ndarray) -> Path:
-    """Where the log-probs of these pairs lie: named by all that they depend on, the reference's own weights too."""
-    model = trainer.ref_model or trainer.model
-    what = [hashes.tolist(), s.ld_alpha, s.bf16, s.fp16, model.config.to_json_string()]
-    what += [(name, weight.dtype, torch.hash_tensor(weight).item()) for name, weight in model.state_dict().items()
-             if ".default." not in name]  # the adapter that is trained  # fmt: skip
-    key = hashlib.blake2b(repr(what).encode(), digest_size=8).hexdigest()
-    return Path(datasets.config.HF_CACHE_HOME, "dpotrainer", f"reference-{key}")
-
-
 def cache_reference(trainer: PreferenceTrainer, s) -> None:
-    """The reference's log-probs as columns, from a file that runs share; what is missing is computed and kept.
+    """The reference's log-probs as columns, from a file that runs share; what it lacks is computed, and kept in it.
 
-    The main process's file: (N, 2) float32, in nats, chosen and rejected of N pairs by order of their hashes; what is
-    not below 0, as log-probs are, is not known: a new file is all zeros, and so is what another has lost."""
+    The main process's file is (N, 2) float32, nats of N pairs by order of their hashes; not known if not below 0.
+    """
     train, held_out = trainer.train_dataset, trainer.eval_dataset or trainer.train_dataset.select([])
     pairs = datasets.concatenate_datasets([train, held_out])
     hashes, first, place = np.unique(pairs["pair_hash"], return_index=True, return_inverse=True)
-    path, known = reference_file(trainer, s, hashes), None
-    if is_main():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        known = np.memmap(path, "<f4", "r+", shape=(len(hashes), 2))
-    (known,) = accelerate.utils.broadcast_object_list([known])
+    model = trainer.ref_model or trainer.model
+    weights = {name: torch.hash_tensor(weight.cpu()).item() for name, weight in model.state_dict().items()
+               if ".default." not in name}  # the adapter that is trained  # fmt: skip
+    what = repr([hashes.tolist(), weights, model.config.to_json_string(), s.ld_alpha, s.bf16, s.fp16])
+    key = hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
+    path = Path(datasets.config.HF_CACHE_HOME, "dpotrainer", f"reference-{key}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = np.memmap(path, "<f4", "r+" if path.exists() else "w+", shape=(len(hashes), 2)) if is_main() else None
+    (known,) = accelerate.utils.broadcast_object_list([file])
     todo = np.flatnonzero(~(known < 0).all(1))
     say(f"reference log-probs: {len(hashes) - len(todo)} of {len(hashes)} pairs are in {path}")
     size = s.precompute_ref_batch_size or s.per_device_eval_batch_size
@@ -1083,28 +1073,12 @@ def show_samples(trainer: PreferenceTrainer, s: argparse.Namespace, report: Repo
     advise(trainer.state.log_history, s, report.advice, grown / asked)
 
 
-def summarize(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) -> str:
-    """Steps, time, speed, memory, held-out figures first and last, advice, files, and the next command."""
-    *rows, totals = trainer.state.log_history
-    held_out = [format_row(row) for row in rows if "eval_loss" in row]
-    memory = f", peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-    load = f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({s.output_dir!r})"
-    return "\n".join([
-        f"{trainer.state.global_step} steps of {s.global_batch_size} pairs; this run: "
-        f"{totals['train_runtime'] / 60:.1f} minutes, {totals['train_samples_per_second']:.2f} pairs/s"
-        f"{memory * torch.cuda.is_initialized()}; all files are in {s.output_dir}",
-        HEADER, *held_out[:1], *held_out[1:][-1:], *report.advice.values(),
-        f"next: merge it, `python -c \"{load}.merge_and_unload().save_pretrained('merged')\"`",
-    ])  # fmt: skip
-
-
 # ------------------------------------------------------------------------------------------------------------- the run
 STAMP = "%Y%m%d-%H%M%S"  # ends the name of what is moved aside
 MANIFEST = "manifest.json"  # in each whole checkpoint: the digests of its files
 FREE = (  # lines of settings.yaml in which a run and its continuation may differ; the result then changes for aot, sft
-    "# made|output_dir|per_device_.*_batch_size|merge|report_to|run_name|disable_tqdm|ddp_timeout|sample_prompts|"
-    "dataloader_num_workers|dataset_num_proc|save_steps|save_total_limit|gradient_checkpointing|torch_compile|"
-    "precompute_ref_log_probs|share_prefixes|use_cpu"
+    "# made|output_dir|per_device|merge|report_to|run_name|disable_tqdm|ddp_timeout|sample_prompts|share_prefixes|"
+    "use_cpu|data.*_num_(workers|proc)|save_(steps|total_limit)|gradient_checkpointing|torch_compile|precompute_ref"
 )
 FAULTS = (  # kind and words of a library's error; exit status, 2 being a mistake found before training; what to do
     (torch.OutOfMemoryError, "", 1, "out of GPU memory: halve per_device_train_batch_size (only aot, aot_unpaired and "
@@ -1216,26 +1190,33 @@ def train_policy(s: argparse.Namespace, trainer: PreferenceTrainer) -> Report:
 
 def merge_adapter(trainer: PreferenceTrainer, folder: Path) -> None:
     """The merged model in `folder`, and how far its next-token logits are from those of adapter plus base."""
-    policy, tokenizer = trainer.model.eval(), trainer.processing_class
-    prompts = (trainer.eval_dataset or trainer.train_dataset)["prompt_ids"][:8]
-    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(policy.device)
+    policy = trainer.model.eval()
+    prompt = torch.tensor(trainer.train_dataset[:1]["prompt_ids"], device=policy.device)
     with torch.no_grad(), trainer.accelerator.autocast():
-        before = policy(**batch, logits_to_keep=1).logits
+        before = policy(prompt).logits
         merged = policy.merge_and_unload()
-        gap = (merged(**batch, logits_to_keep=1).logits - before).abs().max()
-    for part in (merged, tokenizer):
+        gap = (merged(prompt).logits - before).abs().max()
+    for part in (merged, trainer.processing_class):
         part.save_pretrained(folder)
-    say(f"merged: the logits after {len(prompts)} prompts differ by {gap:.2g} at most from adapter plus base")
+    say(f"merged: the logits of a prompt's tokens differ by {gap:.2g} at most from adapter plus base")
 
 
 def save_run(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) -> None:
-    """What output_dir holds at the end; the adapter is the last checkpoint's, each of its files whole or not there."""
-    folder = Path(s.output_dir)
+    """What output_dir holds at the end, and a summary; the adapter is the last checkpoint's, whole or not there."""
+    folder, (*rows, totals) = Path(s.output_dir), trainer.state.log_history
+    held_out = [format_row(row) for row in rows if "eval_loss" in row]
+    memory = f", peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" * torch.cuda.is_initialized()
+    load = f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({s.output_dir!r})"
+    summary = "\n".join([
+        f"{trainer.state.global_step} steps of {s.global_batch_size} pairs in {s.output_dir}; this run: "
+        f"{totals['train_runtime'] / 60:.1f} minutes, {totals['train_samples_per_second']:.2f} pairs/s{memory}",
+        HEADER, *held_out[:1], *held_out[1:][-1:], *report.advice.values(),
+        f"next: merge it, `python -c \"{load}.merge_and_unload().save_pretrained('merged')\"`",
+    ])  # fmt: skip
     if is_main():
         if s.merge:
             merge_adapter(trainer, folder / "merged")
-        draw_rewards(trainer.state.log_history, s, folder / "rewards.png")
-        summary = summarize(trainer, s, report)
+        draw_rewards(rows, s, folder / "rewards.png")
         trainer.create_model_card(model_name=folder.name, dataset_name=s.dataset_name)
         with open(folder / "README.md", "a", encoding="utf-8") as card:
             card.write(f"\n## This run\n\n![rewards, accuracies, loss](rewards.png)\n\n```text\n{summary}\n```\n")
