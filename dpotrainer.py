@@ -696,10 +696,7 @@ def pair_metrics(scores) -> dict[str, float]:
 
 
 def cache_reference(trainer: PreferenceTrainer, s) -> None:
-    """The reference's log-probs as columns, from a file that runs share; what it lacks is computed, and kept in it.
-
-    The main process's file is (N, 2) float32, nats of N pairs by order of their hashes; not known if not below 0.
-    """
+    """The reference's log-probs as columns, from a file that runs share; what it lacks is computed, and kept in it."""
     train, held_out = trainer.train_dataset, trainer.eval_dataset or trainer.train_dataset.select([])
     pairs = datasets.concatenate_datasets([train, held_out])
     hashes, first, place = np.unique(pairs["pair_hash"], return_index=True, return_inverse=True)
@@ -710,6 +707,7 @@ def cache_reference(trainer: PreferenceTrainer, s) -> None:
     key = hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
     path = Path(datasets.config.HF_CACHE_HOME, "dpotrainer", f"reference-{key}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    # the main process's file is (N, 2) float32, nats of N pairs by order of their hashes; not known if not below 0
     file = np.memmap(path, "<f4", "r+" if path.exists() else "w+", shape=(len(hashes), 2)) if is_main() else None
     (known,) = accelerate.utils.broadcast_object_list([file])
     todo = np.flatnonzero(~(known < 0).all(1))
@@ -725,7 +723,8 @@ def cache_reference(trainer: PreferenceTrainer, s) -> None:
         known.flush()  # a kill costs one batch
     for name, values in zip(REFERENCE, known[place].T):
         pairs = pairs.add_column(name, values)
-    trainer.train_dataset, trainer.eval_dataset = pairs.select(range(len(train))), pairs.skip(len(train))
+    trainer.train_dataset = pairs.take(len(train))
+    trainer.eval_dataset = pairs.select(np.arange(len(train), len(pairs)))
 
 
 # ---------------------------------------------------------------------------------------------------- shared prefixes
@@ -1103,8 +1102,7 @@ def settings_yaml(s: argparse.Namespace) -> str:
     """What makes the run what it is, a line each: versions, pairs, sharding, settings. `--config` repeats it."""
     left_out = ("planned_steps", "pairs", "gradient_accumulation_steps", "overwrite", "dry_run")
     values = {name: value for name, value in vars(s).items() if name not in left_out and value != []}
-    libraries = (torch, transformers, trl, peft, datasets, accelerate)
-    made = ", ".join(f"{library.__name__} {library.__version__}" for library in libraries)
+    made = ", ".join(f"{x.__name__} {x.__version__}" for x in (torch, transformers, trl, peft, datasets, accelerate))
     sharding = [f"{name} {os.environ.get(f'ACCELERATE_USE_{name}', 'false')}" for name in ("FSDP", "DEEPSPEED")]
     head = f"# made with {made}\n# hash of the pairs: {s.pairs}\n# sharding: {', '.join(sharding)}\n"
     return head + yaml.safe_dump(values, allow_unicode=True, default_flow_style=None, width=math.inf)

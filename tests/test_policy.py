@@ -421,6 +421,13 @@ def test_a_sweep_shares_the_cache(base, train, cached):
     close(train(base, "without", max_steps=3, beta=0.3)[0], cached(base, "with", max_steps=3, beta=0.3)[0], 1e-6)
 
 
+def test_a_cache_needs_no_held_out_pairs(base, train, cached, tmp_path):
+    data = tiny.make_pairs(tmp_path / "pairs" / "train.jsonl", 8).parent
+    output, found, total, _ = cached(base, "cached", data=data, eval_pairs=0)
+    assert (found, total) == (0, 8) and not tiny.evaluations(output)
+    close(train(base, "without", data=data, eval_pairs=0)[0], output, 1e-6)
+
+
 def test_other_numbers_are_computed_anew(base, sft, data, cached, tmp_path):
     """Other weights in the same folder, a cut elsewhere, another type, another start."""
     model = shutil.copytree(base, tmp_path / "model")
