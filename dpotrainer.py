@@ -533,12 +533,16 @@ BOUNDS = ("rewards/accuracies_low", "rewards/accuracies_high")
 def load_start(s: argparse.Namespace) -> argparse.Namespace:
     """What a run starts from: config, tokenizer, adapter (None unless the model is one), kind of reference."""
     name, own = s.model_name_or_path, {"revision": s.model_revision}
-    adapter = find_adapter_config_file(name, **own) and peft.PeftConfig.from_pretrained(name, **own)
-    base, its = (adapter.base_model_name_or_path, {"revision": adapter.revision}) if adapter else (name, own)
-    config = transformers.AutoConfig.from_pretrained(base, **its, trust_remote_code=False)
-    bare = os.path.isdir(name) and not Path(name, "tokenizer_config.json").exists()
-    source, its = (base, its) if bare else (name, own)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, **its, trust_remote_code=False)
+    try:
+        adapter = find_adapter_config_file(name, **own) and peft.PeftConfig.from_pretrained(name, **own)
+        base, its = (adapter.base_model_name_or_path, {"revision": adapter.revision}) if adapter else (name, own)
+        config = transformers.AutoConfig.from_pretrained(base, **its, trust_remote_code=False)
+        bare = os.path.isdir(name) and not Path(name, "tokenizer_config.json").exists()
+        source, its = (base, its) if bare else (name, own)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **its, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        fix = "check its spelling and the network; a gated or private one needs `hf auth login`"
+        raise UserError(f"model_name_or_path={name}: {str(error).strip().splitlines()[0]}; {fix}") from error
     if not adapter and (s.reference == "adapter" or s.fresh_adapter):
         raise UserError(f"{name} is no adapter; leave `reference: adapter` and `fresh_adapter` out")
     if adapter and adapter.is_prompt_learning:
@@ -1087,8 +1091,7 @@ FAULTS = (  # kind and words of a library's error; exit status, 2 being a mistak
     (OSError, "safetensors", 2, "model_name_or_path: give weights as safetensors: pickled ones can run code"),
     (KeyboardInterrupt, "", 130, "interrupted; the same command goes on from where output_dir stands"),
     (Timeout, r"/\.lock'", 2, "output_dir: another run is writing there; wait, or choose another"),
-    (OSError, "", 2, "check the name, its spelling, and the network; a gated or private one needs `hf auth login`"),
-    ((ValueError, TypeError, ImportError, NotImplementedError), "", 2, "settings"),
+    ((OSError, ValueError, TypeError, ImportError, NotImplementedError), "", 2, "settings"),
 )  # fmt: skip
 
 
