@@ -18,6 +18,7 @@ the run), metrics.jsonl, rewards.png, samples.md, checkpoint-N. The same command
 """
 
 import argparse
+import copy
 import difflib
 import functools
 import hashlib
@@ -27,7 +28,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -525,19 +525,21 @@ def describe_pair(tokenizer, pair: dict, max_length: int | None) -> str:
 
 # ------------------------------------------------------------------------------------------------ policy and reference
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's names of the reference's log-probs in a batch, in nats
+PAIR_METRICS = ("loss", *(f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")),
+                "logps/chosen", "logps/rejected")  # fmt: skip
+BOUNDS = ("rewards/accuracies_low", "rewards/accuracies_high")
 
 
 def load_start(s: argparse.Namespace) -> argparse.Namespace:
-    """What a run starts from: base, adapter (None unless the model is one), tokenizer, config, kind of reference."""
-    name, revision = s.model_name_or_path, s.model_revision
+    """What a run starts from: config, tokenizer, adapter (None unless the model is one), kind of reference."""
+    name, own = s.model_name_or_path, {"revision": s.model_revision}
     try:
-        adapter_file = find_adapter_config_file(name, revision=revision)
-        adapter = peft.PeftConfig.from_pretrained(name, revision=revision) if adapter_file else None
-        base, pinned = (adapter.base_model_name_or_path, adapter.revision) if adapter else (name, revision)
-        config = transformers.AutoConfig.from_pretrained(base, revision=pinned, trust_remote_code=False)
+        adapter = find_adapter_config_file(name, **own) and peft.PeftConfig.from_pretrained(name, **own)
+        base, its = (adapter.base_model_name_or_path, {"revision": adapter.revision}) if adapter else (name, own)
+        config = transformers.AutoConfig.from_pretrained(base, **its, trust_remote_code=False)
         bare = os.path.isdir(name) and not Path(name, "tokenizer_config.json").exists()
-        source, revision = (base, pinned) if bare else (name, revision)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        source, its = (base, its) if bare else (name, own)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **its, trust_remote_code=False)
     except (OSError, ValueError) as error:
         fix = "check its spelling and the network; a gated or private one needs `hf auth login`"
         raise UserError(f"model_name_or_path={name}: {str(error).strip().splitlines()[0]}; {fix}") from error
@@ -550,8 +552,8 @@ def load_start(s: argparse.Namespace) -> argparse.Namespace:
     kind = "adapter" if continues and s.reference == "auto" else s.reference
     told = {"auto": "the policy with its adapter switched off", "adapter": "a frozen copy of the starting adapter",
             "copy": f"a second, frozen model ({s.ref_model_name_or_path or name})"}  # fmt: skip
-    return argparse.Namespace(base=base, config=config, tokenizer=tokenizer, adapter=adapter and name, told=told[kind],
-                              adapter_file=adapter_file, continues=continues, reference=kind)  # fmt: skip
+    return argparse.Namespace(config=config, tokenizer=tokenizer, adapter=adapter and name, continues=continues,
+                              reference=kind, told=told[kind])  # fmt: skip
 
 
 def load_model(s, args, name: str, trainable: bool = False) -> tuple:
@@ -572,7 +574,6 @@ def load_model(s, args, name: str, trainable: bool = False) -> tuple:
 
 def build_trainer(s, args, start, train, held_out) -> "PreferenceTrainer":
     """Policy, reference and pairs in a trainer; without `ref_model` it switches the adapter off, or copies it."""
-    transformers.set_seed(s.seed)
     policy, causal_lm = load_model(s, args, s.model_name_or_path, trainable=start.continues)
     other = s.ref_model_name_or_path or s.model_name_or_path
     reference = load_model(s, args, other)[1] if start.reference == "copy" else None
@@ -598,28 +599,20 @@ def build_trainer(s, args, start, train, held_out) -> "PreferenceTrainer":
     return trainer
 
 
-class BalancedSampler(torch.utils.data.Sampler):
-    """Random order in whole steps; the forward passes of a step have alike much to do, so that no process waits long.
-
-    The pairs of a step, and so its gradient, do not depend on the number of processes, but for losses that see a whole
-    pass (aot, sft). The last step of an epoch is filled up with pairs from its start.
-    """
+class BalancedSampler(torch.utils.data.DistributedSampler):
+    """Random order in whole steps, an epoch's last one filled up with pairs from its start. The passes of a step have
+    alike much to do, so that no process waits long; which pairs it has does not depend on the number of processes."""
 
     def __init__(self, needed: np.ndarray, size: int, passes: int, seed: int):
-        self.needed, self.size, self.passes, self.seed, self.epoch = needed, size, passes, seed, 0
-
-    def __len__(self):
-        return math.ceil(len(self.needed) / (self.size * self.passes)) * self.size * self.passes
-
-    def set_epoch(self, epoch: int):
-        self.epoch = epoch
+        self.needed, self.shape = needed, (math.ceil(len(needed) / (size * passes)), size, passes)
+        super().__init__(range(math.prod(self.shape)), num_replicas=1, rank=0, seed=seed)  # for set_epoch, __len__
 
     def __iter__(self):
         order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.needed))
-        for pairs in np.resize(order, (len(self) // (self.size * self.passes), self.size * self.passes)):
-            ranked = pairs[np.argsort(-self.needed[pairs], kind="stable")].reshape(self.size, self.passes)
-            hands = ranked[:1].T
-            for row in ranked[1:]:  # the largest to who has least so far
+        for pairs in np.resize(order, self.shape):
+            ranked = pairs.flat[np.argsort(-self.needed[pairs], axis=None, kind="stable")].reshape(pairs.shape)
+            hands = ranked[:0].T
+            for row in ranked:  # the largest to who has least so far
                 hands = np.c_[hands[np.argsort(self.needed[hands].sum(1), kind="stable")], row]
             yield from hands.flatten().tolist()  # accelerate gives pass k to process k mod their number
 
@@ -633,6 +626,7 @@ class PreferenceTrainer(trl.DPOTrainer):
     def get_train_dataloader(self):
         loader, args, needed = super().get_train_dataloader(), self.args, np.array(self.train_dataset["needed_tokens"])
         passes, seed = args.gradient_accumulation_steps * args.world_size, args.data_seed or args.seed
+        # set into all layers of the loader, or a run that two processes resume in its second epoch has another order
         loader.set_sampler(BalancedSampler(needed, args.per_device_train_batch_size, passes, seed))
         return loader
 
@@ -643,52 +637,41 @@ class PreferenceTrainer(trl.DPOTrainer):
             inputs |= zip(REFERENCE, self.compute_ref_log_probs(self.ref_model or self.model, inputs))
         return inputs
 
-    def require_finite(self, value, what: str, inputs: dict) -> None:
+    def require_finite(self, value, what: str) -> None:
         if not math.isfinite(value):
-            text = f"the {what} is not finite at step {self.state.global_step + 1}, the last checkpoint is kept: " \
-                f"lower learning_rate ({self.args.learning_rate:g}), raise beta, or use bf16, not fp16"  # fmt: skip
-            rows = [row[:60] for row in inputs["input_ids"].chunk(2)[0].tolist()] if inputs else []
-            raise UserError("\n  ".join([text, *map(repr, self.processing_class.batch_decode(rows))]), status=1)
+            fix = f"lower learning_rate ({self.args.learning_rate:g}), raise beta, or use bf16, not fp16"
+            raise UserError(f"the {what} is not finite at step {self.state.global_step + 1}: {fix}", status=1)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        self.require_finite(loss.detach(), "loss", inputs)
+        self.require_finite(loss.detach(), "loss")
         self._metrics["train"]["loss"].append(self.accelerator.gather(loss.detach()).mean().item())
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
         if self.accelerator.scaler is None:  # fp16's looks for an overflow itself, and skips that step
-            self.require_finite(norm, "gradient", {})
+            self.require_finite(norm, "gradient")
         return norm
 
-    def pair_logps(self, model, inputs) -> tuple:
-        """Log-probs of the answers, (B,) each: policy's chosen, rejected, reference's chosen, rejected; the output."""
+    @torch.no_grad()
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """(B, 7) in place of logits: TRL's PAIR_METRICS of each pair alone, from the model's output for all. Trainer
+        gathers them without the pairs that only fill up the last batch; TRL would log means of batch means."""
+        inputs, alone, same = self._prepare_inputs(inputs), copy.copy(self), lambda values: values
+        alone.accelerator = argparse.Namespace(device=self.args.device, gather=same, gather_for_metrics=same)
+        alone.aux_loss_enabled, alone._metrics = False, copy.deepcopy(self._metrics)  # a router's loss is of a batch
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         passed = {name: v for name, v in inputs.items() if name not in ("completion_mask", *REFERENCE)}
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with self.compute_loss_context_manager():
             output = model(**passed, labels=labels, use_cache=False, fused_lm_head=True)
-            policy = self.compute_ref_log_probs(lambda **_: output, inputs)  # it sums up the answers of any model
-        return *policy, *(inputs[name] for name in REFERENCE), output
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """(B, 5) in place of logits: each pair's loss, rewards of chosen and rejected, log-probs of both.
-
-        Trainer gathers them, drops the pairs that only fill up the last batch, and hands all to `pair_metrics`; TRL
-        would log means of batch means. A pair's loss is TRL's own, computed from the model's output for that pair.
-        """
-        inputs = self._prepare_inputs(inputs)
-        *logps, output = self.pair_logps(model, inputs)
-        chosen, rejected = (self.beta * (logps[i] - logps[i + 2]) for i in range(2))
-        rows = {name: value.unflatten(0, (-1, len(chosen)))  # (1 or 2, B, ...)
+        rows = {name: value.unflatten(0, (-1, len(inputs[REFERENCE[0]])))  # (1 or 2, B, ...)
                 for name, value in (inputs | output).items() if torch.is_tensor(value) and value.ndim}  # fmt: skip
-        losses = []
-        for i in range(len(chosen)):
+        for i in range(len(inputs[REFERENCE[0]])):
             pair = {name: value[:, i] for name, value in rows.items()}
-            pair["aux_loss"] = chosen.new_zeros(())  # a router's is of a batch, not of a pair
-            losses.append(self._compute_loss(lambda pair=pair, **_: argparse.Namespace(**pair), pair, False).detach())
-        self._metrics["eval"].clear()
-        scores = torch.stack([torch.stack(losses), chosen, rejected, *logps[:2]], dim=1)
+            loss = alone._compute_loss(lambda pair=pair, **_: argparse.Namespace(**pair), pair, False)
+            alone._metrics["eval"]["loss"].append(loss.item())
+        scores = torch.tensor([alone._metrics["eval"][name] for name in PAIR_METRICS], device=self.args.device).T
         return None, scores, scores[:, :1]
 
     def _save_checkpoint(self, model, trial):
@@ -698,12 +681,7 @@ class PreferenceTrainer(trl.DPOTrainer):
         self.accelerator.wait_for_everyone()
         if is_main():
             folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-            write_file(folder / MANIFEST, json.dumps(digest_files(folder), indent=1))
-
-    def restore_averages(self) -> None:
-        """So that the first log line after a resume averages over the steps before it too."""
-        self._total_train_tokens, metrics = self.state.stateful_callbacks["averages"]
-        self._metrics["train"].update(metrics)
+            write_file(folder / MANIFEST, json.dumps(digest_files(folder), indent=1).encode())
 
     def save_model(self, output_dir=None, _internal_call=False):
         """The adapter alone, gathered where FSDP shards it: transformers would gather all weights, or none."""
@@ -715,42 +693,27 @@ class PreferenceTrainer(trl.DPOTrainer):
 
 def pair_metrics(scores) -> dict[str, float]:
     """Means over the held-out pairs, each counted once; accuracies with their 95% interval (Wilson, 1927)."""
-    names = ["loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"]
-    pairs = pd.DataFrame(scores.predictions, columns=names, dtype=float)
-    pairs["rewards/margins"] = pairs["rewards/chosen"] - pairs["rewards/rejected"]
-    p, spread = float((pairs["rewards/margins"] > 0).mean()), 1.96**2 / len(pairs)
+    means = pd.DataFrame(scores.predictions, columns=PAIR_METRICS, dtype=float).mean().to_dict()
+    p, spread = means["rewards/accuracies"], 1.96**2 / len(scores.predictions)
     low, high = sorted(np.roots([1 + spread, -2 * p - spread, p * p]).tolist())  # (q - p)^2 = spread * q * (1 - q)
-    accuracies = {"": p, "_low": min(low, p), "_high": max(high, p)}
-    return pairs.mean().to_dict() | {f"rewards/accuracies{end}": value for end, value in accuracies.items()}
+    return means | dict(zip(BOUNDS, (min(low, p), max(high, p))))
 
 
-def reference_file(trainer: PreferenceTrainer, s, start, hashes: np.ndarray) -> Path:
-    """Where the log-probs of these pairs lie: named by all that they depend on."""
-    what = [hashes.tolist(), start.reference, s.fresh_adapter, s.ld_alpha, s.dtype, s.bf16, s.fp16, s.load_in_4bit,
-            s.load_in_8bit, s.bnb_4bit_quant_type, s.use_bnb_nested_quant, start.adapter_file,
-            getattr((trainer.ref_model or trainer.model).config, "_commit_hash", None)]  # fmt: skip
-    for name in filter(None, (start.base, start.adapter, s.ref_model_name_or_path)):
-        files = [path.stat() for path in sorted(Path(name).glob("*.safetensors"))]  # none, where it is a hub's
-        what += [name, find_adapter_config_file(name), [(file.st_size, file.st_mtime_ns) for file in files]]
-    key = hashlib.blake2b(repr(what).encode(), digest_size=8).hexdigest()
-    return Path(datasets.config.HF_CACHE_HOME, "dpotrainer", f"reference-{key}")
-
-
-def cache_reference(trainer: PreferenceTrainer, s, start) -> None:
-    """The reference's log-probs as columns, from a file that runs share; what is missing is computed and kept.
-
-    The main process's file holds (N, 2) float32, in nats: chosen and rejected of N pairs, by order of their hashes.
-    What is not below 0, as log-probs are, is not known: a new file is all zeros, and so is what another has lost.
-    """
-    parts = [data for data in (trainer.train_dataset, trainer.eval_dataset) if data is not None]
-    pairs = datasets.concatenate_datasets(parts)
+def cache_reference(trainer: PreferenceTrainer, s) -> None:
+    """The reference's log-probs as columns, from a file that runs share; what it lacks is computed, and kept in it."""
+    train, held_out = trainer.train_dataset, trainer.eval_dataset or trainer.train_dataset.select([])
+    pairs = datasets.concatenate_datasets([train, held_out])
     hashes, first, place = np.unique(pairs["pair_hash"], return_index=True, return_inverse=True)
-    path, known = reference_file(trainer, s, start, hashes), None
-    if is_main():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        known = np.memmap(path, "<f4", "r+", shape=(len(hashes), 2))
-    (known,) = accelerate.utils.broadcast_object_list([known])
+    model = trainer.ref_model or trainer.model
+    weights = {name: torch.hash_tensor(weight.cpu()).item() for name, weight in model.state_dict().items()
+               if ".default." not in name}  # the adapter that is trained  # fmt: skip
+    what = repr([hashes.tolist(), weights, model.config.to_json_string(), s.ld_alpha, s.bf16, s.fp16])
+    key = hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
+    path = Path(datasets.config.HF_CACHE_HOME, "dpotrainer", f"reference-{key}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # the main process's file is (N, 2) float32, nats of N pairs by order of their hashes; not known if not below 0
+    file = np.memmap(path, "<f4", "r+" if path.exists() else "w+", shape=(len(hashes), 2)) if is_main() else None
+    (known,) = accelerate.utils.broadcast_object_list([file])
     todo = np.flatnonzero(~(known < 0).all(1))
     say(f"reference log-probs: {len(hashes) - len(todo)} of {len(hashes)} pairs are in {path}")
     size = s.precompute_ref_batch_size or s.per_device_eval_batch_size
@@ -758,14 +721,14 @@ def cache_reference(trainer: PreferenceTrainer, s, start) -> None:
     for batch in tqdm(trainer.accelerator.prepare(loader), desc="reference", disable=not is_main() or None):
         batch = trainer._prepare_inputs(batch)
         logps = torch.stack([batch[name] for name in REFERENCE], dim=1)
-        trainer.require_finite(logps.sum(), "reference's log-prob", batch)
+        trainer.require_finite(logps.sum(), "reference's log-prob")
         logps = trainer.accelerator.gather_for_metrics(logps).cpu()
         known[todo[: len(logps)]], todo = logps, todo[len(logps) :]
         known.flush()  # a kill costs one batch
     for name, values in zip(REFERENCE, known[place].T):
         pairs = pairs.add_column(name, values)
-    trainer.train_dataset = pairs.select(range(len(parts[0])))
-    trainer.eval_dataset = pairs.select(range(len(parts[0]), len(pairs))) if len(parts) > 1 else None
+    trainer.train_dataset = pairs.take(len(train))
+    trainer.eval_dataset = pairs.select(np.arange(len(train), len(pairs)))
 
 
 # ---------------------------------------------------------------------------------------------------- shared prefixes
@@ -895,7 +858,6 @@ def why_not_shared(model, settings=None):
     layers, router = set(own("layer_types", None) or ()), asked("router_aux_loss_coef", None)
     special = [name for name in ("attn_logit_softcapping", "attention_dropout", "attn_pdrop") if own(name, None)]
     special += [name for name, _ in model.named_parameters() if "sinks" in name]
-    # fmt: off
     reasons = {
         "`share_prefixes: false` asks for it": not asked("share_prefixes", True),
         "`attn_implementation` asks for another attention": asked("attn_implementation", None) is not None,
@@ -908,8 +870,7 @@ def why_not_shared(model, settings=None):
         f"its attention is not the plain one ({', '.join(special)})": special,
         "its router loss counts each token of both rows":
             hasattr(config, "output_router_logits") and (config.router_aux_loss_coef if router is None else router),
-    }
-    # fmt: on
+    }  # fmt: skip
     return next((reason for reason, applies in reasons.items() if applies), None)
 
 
@@ -996,8 +957,7 @@ ADVICE = {  # kind: (when, and why there; what to say), in the numbers of `advis
 
 def read_log(history: list[dict]) -> pd.DataFrame:
     """The log, one row a step: loss and rewards in training, and with eval_ before their names, held-out."""
-    rewards = ("chosen", "rejected", "margins", "accuracies", "accuracies_low", "accuracies_high")
-    names = [part + name for part in ("", "eval_") for name in ("loss", *map("rewards/{}".format, rewards))]
+    names = [part + name for part in ("", "eval_") for name in (*PAIR_METRICS, *BOUNDS)]
     return pd.DataFrame(history, columns=["step", *names], dtype=float).groupby("step").first()
 
 
@@ -1027,22 +987,17 @@ def format_row(row: dict) -> str:
     return text + interval.format_map(cells) if "eval_loss" in row else text
 
 
-class Bar(transformers.ProgressCallback):
-    """transformers' bar with time left, without its log lines: the rows are Report's."""
-
-    on_log = transformers.TrainerCallback.on_log
-
-
 class Report(transformers.TrainerCallback):
     """What a run shows beside the bar: a row per log line, metrics.jsonl, rewards.png, advice."""
 
     def __init__(self, trainer: PreferenceTrainer, s: argparse.Namespace):
-        self.trainer, self.s, self.folder, self.written = trainer, s, Path(s.output_dir), 0
+        self.trainer, self.s, self.folder = trainer, s, Path(s.output_dir)
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step:
             state.compute_steps(args, state.max_steps)  # the checkpoint has the save_steps of the run that wrote it
-            self.trainer.restore_averages()
+            self.trainer._total_train_tokens, averages = state.stateful_callbacks["averages"]
+            self.trainer._metrics["train"].update(averages)  # the next log line is of the steps before the break too
         self.advice = state.stateful_callbacks.setdefault("advice", {})  # checkpoints keep it: nothing is said twice
         self.shown = state.global_step, time.perf_counter()
         say(HEADER)
@@ -1053,10 +1008,8 @@ class Report(transformers.TrainerCallback):
         history, (step, then), self.shown = state.log_history, self.shown, (state.global_step, time.perf_counter())
         history[-1] = {name: v for name, v in history[-1].items() if not re.search("runtime|per_second|prep", name)}
         if is_main():
-            with open(self.folder / "metrics.jsonl", "a" if self.written else "w", encoding="utf-8") as file:
-                for row in history[self.written :]:
-                    file.write(json.dumps({"step": row["step"]} | dict(sorted(row.items()))) + "\n")
-            self.written = len(history)  # all rows again after a resume: those after its checkpoint go
+            rows = [json.dumps({"step": row["step"]} | dict(sorted(row.items()))) + "\n" for row in history]
+            write_file(self.folder / "metrics.jsonl", "".join(rows).encode())  # all: a resume drops some
             if "eval_loss" in logs or len(history) % 20 == 1:  # a picture takes half a second
                 draw_rewards(history, self.s, self.folder / "rewards.png")
         speed = (state.global_step - step) * self.s.global_batch_size / (self.shown[1] - then)
@@ -1068,8 +1021,7 @@ class Report(transformers.TrainerCallback):
 def draw_rewards(history: list[dict], s: argparse.Namespace, path: Path) -> None:
     """rewards.png: rewards with the margin between them, accuracies, loss; legible without colours."""
     log, share = read_log(history), "rewards/accuracies"
-    log[share] = log[share].where(log["rewards/margins"] != 0)  # before the first update all pairs tie
-    log[share] = log[share].rolling(RECENT, min_periods=1).mean()
+    log[share] = log[share].where(log["rewards/margins"] != 0).rolling(RECENT, min_periods=1).mean()  # ties come first
     train = log.interpolate("index")  # over steps that were evaluated, but not logged
     figure = Figure(figsize=(13, 4), layout="constrained")
     rewards, accuracies, losses = panels = figure.subplots(1, 3)
@@ -1086,15 +1038,16 @@ def draw_rewards(history: list[dict], s: argparse.Namespace, path: Path) -> None
     figure.savefig(path, dpi=110)
 
 
-def generate_answers(trainer: PreferenceTrainer, model, prompts: list[list[int]], do_sample: bool) -> list[list[int]]:
-    """Tokens of a model's answer to each prompt, up to its end: one batch, and the same seed for all models."""
-    config, tokenizer = trainer.model.generation_config, trainer.processing_class
+def generate_answers(trainer: PreferenceTrainer, model, prompts: list[list[int]]) -> list[list[int]]:
+    """Tokens of a model's answers up to their end: greedy ones to all prompts, then sampled ones, from one seed."""
+    config, tokenizer, rows = trainer.model.generation_config, trainer.processing_class, []
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
     transformers.set_seed(trainer.args.seed)
-    with trainer.accelerator.autocast():
-        rows = model.generate(**batch, generation_config=config, max_new_tokens=256, do_sample=do_sample)
+    for do_sample in (False, True):
+        with trainer.accelerator.autocast():
+            whole = model.generate(**batch, generation_config=config, max_new_tokens=256, do_sample=do_sample)
+        rows += whole[:, batch["input_ids"].shape[1] :].tolist()
     ends = np.atleast_1d(config.eos_token_id).tolist()  # training has added the tokenizer's
-    rows = rows[:, batch["input_ids"].shape[1] :].tolist()
     return [row[: next((i for i, token in enumerate(row, 1) if token in ends), None)] for row in rows]
 
 
@@ -1102,54 +1055,33 @@ def show_samples(trainer: PreferenceTrainer, s: argparse.Namespace, report: Repo
     """samples.md, its first three on the console, and advice if answers grew longer than the pairs ask for."""
     if is_sharded():
         return say("no samples: the model is sharded over processes")
-    if not (is_main() and s.sample_prompts and trainer.eval_dataset is not None):
+    if not (is_main() and s.sample_prompts and trainer.eval_dataset):
         return None
     policy, decode, block = trainer.model.eval(), trainer.processing_class.decode, "\n\n```text\n{}\n```\n\n".format
-    prompts, tokens = trainer.eval_dataset["prompt_ids"][: s.sample_prompts], np.zeros(2)
+    prompts = trainer.eval_dataset["prompt_ids"][: s.sample_prompts]
+    with trl.trainer.utils.use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
+        before = generate_answers(trainer, trainer.ref_model or policy, prompts)
+    after = generate_answers(trainer, policy, prompts)
+    pairs = [dict(zip(PREPARED, pair)) for pair in zip(prompts * 2, before, after)]
+    scores = trainer.prediction_step(policy, trainer.data_collator(pairs), False)[1].tolist()
     samples = [f"# Held-out prompts, greedy, then sampled (seed {s.seed}); reward = beta * (log pi - log pi_ref)\n\n"]
-    for mode in ("greedy", "sampled"):
-        with trl.trainer.utils.use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
-            before = generate_answers(trainer, trainer.ref_model or policy, prompts, mode == "sampled")
-        after = generate_answers(trainer, policy, prompts, mode == "sampled")
-        pairs = [dict(zip(PREPARED, pair)) for pair in zip(prompts, before, after)]
-        *logps, _ = trainer.pair_logps(policy, trainer._prepare_inputs(trainer.data_collator(pairs)))
-        rewards = s.beta * (torch.stack(logps[:2]) - torch.stack(logps[2:]))
-        for prompt, a, b, x, y in zip(prompts, before, after, *rewards.tolist()):
-            samples.append(
-                f"## {mode}{block(decode(prompt))}"
-                f"**reference**, {len(a)} tokens, reward {x:.4f}{block(decode(a))}"
-                f"**policy**, {len(b)} tokens, reward {y:.4f}{block(decode(b))}"
-            )
-            tokens += len(a), len(b)
-    write_file(Path(s.output_dir, "samples.md"), "".join(samples))
+    for prompt, a, b, (_, x, y, *_) in zip(prompts * 2, before, after, scores):
+        samples.append(f"## {'greedy' if len(samples) <= len(prompts) else 'sampled'}{block(decode(prompt))}"
+                       f"**reference**, {len(a)} tokens, reward {x:.4f}{block(decode(a))}"
+                       f"**policy**, {len(b)} tokens, reward {y:.4f}{block(decode(b))}")  # fmt: skip
+    write_file(Path(s.output_dir, "samples.md"), "".join(samples).encode())
     say("", *samples[1:4])
-    asked = token_lengths(trainer.train_dataset)
-    expected = tokens[0] * max(1, asked["chosen"].sum() / asked["rejected"].sum())
-    advise(trainer.state.log_history, s, report.advice, tokens[1] / expected)
-
-
-def summarize(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) -> str:
-    """Steps, time, speed, memory, held-out figures first and last, advice, files, and the next command."""
-    *rows, totals = trainer.state.log_history
-    held_out = [format_row(row) for row in rows if "eval_loss" in row]
-    memory = f", peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-    load = f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({s.output_dir!r})"
-    return "\n".join([
-        f"{trainer.state.global_step} steps of {s.global_batch_size} pairs; this run: "
-        f"{totals['train_runtime'] / 60:.1f} minutes, {totals['train_samples_per_second']:.2f} pairs/s"
-        f"{memory * torch.cuda.is_initialized()}; all files are in {s.output_dir}",
-        HEADER, *held_out[:1], *held_out[1:][-1:], *report.advice.values(),
-        f"next: merge it, `python -c \"{load}.merge_and_unload().save_pretrained('merged')\"`",
-    ])  # fmt: skip
+    asked, grown = token_lengths(trainer.train_dataset), sum(map(len, after)) / sum(map(len, before))
+    asked = max(1, asked["chosen"].sum() / asked["rejected"].sum())
+    advise(trainer.state.log_history, s, report.advice, grown / asked)
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
 STAMP = "%Y%m%d-%H%M%S"  # ends the name of what is moved aside
 MANIFEST = "manifest.json"  # in each whole checkpoint: the digests of its files
 FREE = (  # lines of settings.yaml in which a run and its continuation may differ; the result then changes for aot, sft
-    "# made|output_dir|per_device_.*_batch_size|merge|report_to|run_name|disable_tqdm|ddp_timeout|sample_prompts|"
-    "dataloader_num_workers|dataset_num_proc|save_steps|save_total_limit|gradient_checkpointing|torch_compile|"
-    "precompute_ref_log_probs|share_prefixes|use_cpu"
+    "# made|output_dir|per_device|merge|report_to|run_name|disable_tqdm|ddp_timeout|sample_prompts|share_prefixes|"
+    "use_cpu|data.*_num_(workers|proc)|save_(steps|total_limit)|gradient_checkpointing|torch_compile|precompute_ref"
 )
 FAULTS = (  # kind and words of a library's error; exit status, 2 being a mistake found before training; what to do
     (torch.OutOfMemoryError, "", 1, "out of GPU memory: halve per_device_train_batch_size (only aot, aot_unpaired and "
@@ -1163,9 +1095,9 @@ FAULTS = (  # kind and words of a library's error; exit status, 2 being a mistak
 )  # fmt: skip
 
 
-def write_file(path: Path, text: str) -> None:
+def write_file(path: Path, content: bytes) -> None:
     """All or nothing: a crash leaves the old file or the new one."""
-    Path(f"{path}.tmp").write_text(text, encoding="utf-8")
+    Path(f"{path}.tmp").write_bytes(content)
     os.replace(f"{path}.tmp", path)
 
 
@@ -1173,8 +1105,7 @@ def settings_yaml(s: argparse.Namespace) -> str:
     """What makes the run what it is, a line each: versions, pairs, sharding, settings. `--config` repeats it."""
     left_out = ("planned_steps", "pairs", "gradient_accumulation_steps", "overwrite", "dry_run")
     values = {name: value for name, value in vars(s).items() if name not in left_out and value != []}
-    packages = (torch, transformers, trl, peft, datasets, accelerate)
-    made = ", ".join(f"{package.__name__} {package.__version__}" for package in packages)
+    made = ", ".join(f"{x.__name__} {x.__version__}" for x in (torch, transformers, trl, peft, datasets, accelerate))
     sharding = [f"{name} {os.environ.get(f'ACCELERATE_USE_{name}', 'false')}" for name in ("FSDP", "DEEPSPEED")]
     head = f"# made with {made}\n# hash of the pairs: {s.pairs}\n# sharding: {', '.join(sharding)}\n"
     return head + yaml.safe_dump(values, allow_unicode=True, default_flow_style=None, width=math.inf)
@@ -1190,8 +1121,7 @@ def open_output(s: argparse.Namespace):
             say(f"the earlier run was moved to {folder.rename(f'{folder}-old-{time.strftime(STAMP)}')}")
     folder.mkdir(parents=True, exist_ok=True)
     with lock if is_main() else nullcontext():
-        before_training = {"base", "settings.yaml.tmp"}
-        is_begun = not s.overwrite and not {path.name for path in folder.glob("[!.]*")} <= before_training
+        is_begun = not s.overwrite and {path.name for path in folder.glob("[!.]*")} - {"base", "settings.yaml.tmp"}
         texts = settings.read_text("utf-8") if is_begun and settings.exists() else "", settings_yaml(s)
         there, here = ({line for line in text.splitlines() if not re.match(FREE, line)} for text in texts)
         if is_begun and there != here:
@@ -1208,25 +1138,11 @@ def digest_files(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.blake2b(path.read_bytes()).hexdigest() for path in files}
 
 
-def resume_point(trainer: PreferenceTrainer, folder: Path) -> str | None:
-    """The newest checkpoint, once those without the files of their manifest are set aside."""
-    for path in folder.glob("checkpoint-*") if is_main() else ():
-        with suppress(OSError, ValueError):  # no manifest, or a damaged one
-            if json.loads((path / MANIFEST).read_bytes()).items() <= digest_files(path).items():
-                continue
-        say(f"{path} is not whole: moved to {path.rename(folder / f'incomplete-{path.name}-{time.strftime(STAMP)}')}")
-    trainer.accelerator.wait_for_everyone()
-    newest = transformers.trainer_utils.get_last_checkpoint(folder)
-    if newest:
-        say(f"continuing from {newest}")
-    return newest
-
-
 class Ending(transformers.TrainerCallback):
     """After SIGTERM or Ctrl-C all processes finish the step, save and stop; a second signal stops at once."""
 
     def __init__(self, accelerator):
-        self.accelerator, self.is_over, self.heard, self.since = accelerator, False, 0, math.inf
+        self.accelerator, self.heard, self.since = accelerator, 0, math.inf
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.hear)
 
@@ -1238,65 +1154,76 @@ class Ending(transformers.TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.heard:  # not all processes hear a signal, or not at the same step
             self.accelerator.set_trigger()
-        self.is_over |= self.accelerator.check_trigger()
-        control.should_save |= self.is_over
-        control.should_training_stop |= self.is_over
+        if self.accelerator.check_trigger():
+            self.heard = self.heard or signal.SIGTERM
+            control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.on_step_end(args, state, control)  # a signal may have come in the last evaluation
-        self.accelerator.wait_for_everyone()  # when one process ends, a launcher stops the others
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what follows saves all or nothing, and is done again
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self.is_over:
-            text = f"interrupted and saved at step {state.global_step}; the same command continues"
-            raise UserError(text, 128 + (self.heard or signal.SIGTERM))
+        self.on_step_end(args, state, control)  # a signal may have come in the last evaluation; all wait for all here
+        if control.should_save:
+            raise UserError(f"saved at step {state.global_step}; the same command continues", 128 + self.heard)
+        self.since = -math.inf  # one signal stops at once now: what follows saves all or nothing, and is done again
 
 
-def train_policy(s: argparse.Namespace, trainer: PreferenceTrainer, start: argparse.Namespace) -> Report:
-    """Train from where output_dir stands, to the end or to a signal."""
+def train_policy(s: argparse.Namespace, trainer: PreferenceTrainer) -> Report:
+    """Train from the newest whole checkpoint, to the end or to a signal; those that are not whole are set aside."""
+    folder, report = Path(s.output_dir), Report(trainer, s)
     if s.precompute_ref_log_probs:
-        cache_reference(trainer, s, start)
-    checkpoint, report = resume_point(trainer, Path(s.output_dir)), Report(trainer, s)
-    trainer.remove_callback(transformers.PrinterCallback)
-    if trainer.pop_callback(transformers.ProgressCallback):
-        trainer.add_callback(Bar)
+        cache_reference(trainer, s)
+    for path in folder.glob("checkpoint-*") if is_main() else ():
+        with suppress(OSError, ValueError):  # no manifest, or a damaged one
+            if json.loads((path / MANIFEST).read_bytes()).items() <= digest_files(path).items():
+                continue
+        say(f"{path} is not whole: moved to {path.rename(folder / f'incomplete-{path.name}-{time.strftime(STAMP)}')}")
+    trainer.accelerator.wait_for_everyone()
+    checkpoint = transformers.trainer_utils.get_last_checkpoint(folder)
+    if checkpoint:
+        say(f"continuing from {checkpoint}")
+    for theirs in trainer.callback_handler.callbacks:
+        if isinstance(theirs, (transformers.PrinterCallback, transformers.ProgressCallback)):
+            theirs.on_log = lambda *_, **__: None  # the rows are Report's
     trainer.callback_handler.callbacks += [report, Ending(trainer.accelerator)]
     if is_main():  # from here on, the folder is this run's
-        write_file(Path(s.output_dir, "settings.yaml"), settings_yaml(s))
+        write_file(folder / "settings.yaml", settings_yaml(s).encode())
     trainer.train(resume_from_checkpoint=checkpoint)
     return report
 
 
 def merge_adapter(trainer: PreferenceTrainer, folder: Path) -> None:
     """The merged model in `folder`, and how far its next-token logits are from those of adapter plus base."""
-    policy, tokenizer = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class
-    prompts = (trainer.eval_dataset or trainer.train_dataset)["prompt_ids"][:8]
-    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(policy.device)
+    policy = trainer.model.eval()
+    prompt = torch.tensor(trainer.train_dataset[:1]["prompt_ids"], device=policy.device)
     with torch.no_grad(), trainer.accelerator.autocast():
-        before = policy(**batch, logits_to_keep=1).logits
+        before = policy(prompt).logits
         merged = policy.merge_and_unload()
-        gap = (merged(**batch, logits_to_keep=1).logits - before).abs().max()
-    for part in (merged, tokenizer):
+        gap = (merged(prompt).logits - before).abs().max()
+    for part in (merged, trainer.processing_class):
         part.save_pretrained(folder)
-    say(f"merged: the logits after {len(prompts)} prompts differ by {gap:.2g} at most from adapter plus base")
+    say(f"merged: the logits of a prompt's tokens differ by {gap:.2g} at most from adapter plus base")
 
 
 def save_run(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) -> None:
-    """Save the model whole or not at all: the adapter's config, which marks a finished run, comes last."""
-    folder, staged = Path(s.output_dir), Path(s.output_dir, "final.incomplete")
-    trainer.save_model(str(staged))
+    """What output_dir holds at the end, and a summary; the adapter is the last checkpoint's, whole or not there."""
+    folder, (*rows, totals) = Path(s.output_dir), trainer.state.log_history
+    held_out = [format_row(row) for row in rows if "eval_loss" in row]
+    memory = f", peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" * torch.cuda.is_initialized()
+    load = f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({s.output_dir!r})"
+    summary = "\n".join([
+        f"{trainer.state.global_step} steps of {s.global_batch_size} pairs in {s.output_dir}; this run: "
+        f"{totals['train_runtime'] / 60:.1f} minutes, {totals['train_samples_per_second']:.2f} pairs/s{memory}",
+        HEADER, *held_out[:1], *held_out[1:][-1:], *report.advice.values(),
+        f"next: merge it, `python -c \"{load}.merge_and_unload().save_pretrained('merged')\"`",
+    ])  # fmt: skip
     if is_main():
         if s.merge:
             merge_adapter(trainer, folder / "merged")
-        draw_rewards(trainer.state.log_history, s, folder / "rewards.png")
-        summary = summarize(trainer, s, report)
+        draw_rewards(rows, s, folder / "rewards.png")
         trainer.create_model_card(model_name=folder.name, dataset_name=s.dataset_name)
         with open(folder / "README.md", "a", encoding="utf-8") as card:
             card.write(f"\n## This run\n\n![rewards, accuracies, loss](rewards.png)\n\n```text\n{summary}\n```\n")
-        for path in sorted(staged.iterdir(), key=lambda path: path.name == "adapter_config.json"):
-            if path.name not in ("ref", "training_args.bin", "README.md"):  # the start's copy, a pickle, an empty card
-                os.replace(path, folder / path.name)
-        shutil.rmtree(staged)
+        trainer.processing_class.save_pretrained(folder)
+        for name in ("adapter_model.safetensors", "adapter_config.json"):  # the last one marks a finished run
+            write_file(folder / name, (folder / f"checkpoint-{trainer.state.global_step}" / name).read_bytes())
         say("", summary)
     trainer.accelerator.wait_for_everyone()
 
@@ -1321,14 +1248,6 @@ def prepare(s: argparse.Namespace) -> tuple:
     return args, start, train, held_out
 
 
-def explain(error: BaseException, preparing: bool) -> UserError:
-    """The error as one message that says what to do; one that only its traceback explains is raised again."""
-    for kinds, words, status, fix in FAULTS:
-        if isinstance(error, kinds) and re.search(words, str(error)) and (preparing or status != 2):
-            return UserError(f"{fix}: {error!r}"[:700], status)
-    raise error
-
-
 def main(argv: list[str] | None = None) -> int:
     """Settings, preferences, plan, trainer, train, report, save; exit status 0, 2: a mistake, 128 + signal, else 1."""
     warnings.simplefilter("ignore", FutureWarning)  # of the pinned libraries among themselves
@@ -1348,16 +1267,21 @@ def main(argv: list[str] | None = None) -> int:
                 say(f"{s.output_dir} holds this run, finished: nothing to do (`--overwrite true` starts afresh)")
                 return 0
             trainer = build_trainer(s, args, start, train, held_out)
-            report = train_policy(s, trainer, start)
+            report = train_policy(s, trainer)
             with torch.compiler.set_stance("force_eager"):  # what follows is too little to compile for
                 show_samples(trainer, s, report)
                 save_run(trainer, s, report)
         return 0
     except BaseException as error:
-        told = error if isinstance(error, UserError) else explain(error, preparing=trainer is None)
+        known = [error] if isinstance(error, UserError) else [
+            UserError(f"{fix}: {error!r}"[:700], status) for kinds, words, status, fix in FAULTS
+            if isinstance(error, kinds) and re.search(words, str(error)) and (trainer is None or status != 2)
+        ]  # fmt: skip
+        if not known:  # only its traceback explains it
+            raise
+    told = known[0]
     if is_main() or told.status == 1:  # a mistake is everybody's, a fault may be one process's alone
-        who = "dpotrainer" if is_main() else f"dpotrainer, process {os.environ['RANK']}"
-        tqdm.write(f"{who}: {told}", file=sys.stderr)
+        tqdm.write(f"dpotrainer{'' if is_main() else ', process ' + os.environ['RANK']}: {told}", file=sys.stderr)
     return told.status
 
 

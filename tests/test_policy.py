@@ -367,6 +367,15 @@ def test_the_evaluation_has_the_loss_of_its_objective(loss_type, base, sft, data
     assert abs(tiny.evaluations(output)[-1]["eval_loss"] - torch.cat(each).mean()) < 1e-4
 
 
+def test_ties_count_as_wrong_also_held_out(base, train):
+    """Before the first step all margins are 0."""
+    output, _ = train(base, max_steps=1, eval_on_start=True)
+    first, last = tiny.evaluations(output)
+    assert abs(first["eval_loss"] - LN2) < 1e-6 and first["eval_rewards/margins"] == 0
+    assert first["eval_rewards/accuracies"] == first["eval_rewards/accuracies_low"] == 0
+    assert last["eval_rewards/accuracies"] > 0
+
+
 def test_robust_without_noise_says_that_it_is_sigmoid(base, train):
     _, printed = train(base, loss_type="robust", dry_run=True)
     assert "equals sigmoid" in printed
@@ -410,6 +419,13 @@ def test_a_sweep_shares_the_cache(base, train, cached):
     ):
         assert cached(base, f"again-{i}", max_steps=1, **settings)[1:] == (21, 21, path), settings
     close(train(base, "without", max_steps=3, beta=0.3)[0], cached(base, "with", max_steps=3, beta=0.3)[0], 1e-6)
+
+
+def test_a_cache_needs_no_held_out_pairs(base, train, cached, tmp_path):
+    data = tiny.make_pairs(tmp_path / "pairs" / "train.jsonl", 8).parent
+    output, found, total, _ = cached(base, "cached", data=data, eval_pairs=0)
+    assert (found, total) == (0, 8) and not tiny.evaluations(output)
+    close(train(base, "without", data=data, eval_pairs=0)[0], output, 1e-6)
 
 
 def test_other_numbers_are_computed_anew(base, sft, data, cached, tmp_path):

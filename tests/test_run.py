@@ -98,7 +98,7 @@ def break_off(program, step):
     setattr(program, step, interrupted)
 
 
-@pytest.mark.parametrize("step", ["load_start", "build_trainer", "resume_point"])
+@pytest.mark.parametrize("step", ["load_start", "build_trainer", "train_policy"])
 def test_ctrl_c_before_training_is_no_traceback_and_binds_nobody(step, run, tmp_path):
     printed = run(functools.partial(break_off, step=step), status=130)
     assert "interrupted; the same command goes on" in printed and "Traceback" not in printed
@@ -417,7 +417,7 @@ def send_when_trained(program, number):
     program.show_samples = lambda *args: os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number, status", [(TERM, -TERM), (INT, 130)], ids=str)
+@pytest.mark.parametrize("number, status", [(TERM, 143), (INT, 130)], ids=str)
 def test_a_signal_when_training_is_over_stops_and_the_same_command_finishes(number, status, run, finished, tmp_path):
     printed = run(functools.partial(send_when_trained, number=number), status=status)
     assert "Traceback" not in printed and not (tmp_path / "out" / "adapter_config.json").exists()
@@ -574,7 +574,7 @@ def test_a_kill_in_the_middle_of_saving_costs_nothing(change, run, finished, tmp
     assert not (tmp_path / "out" / "adapter_config.json").exists()
     run()
     same_result(tmp_path / "out", finished[0])
-    assert not list((tmp_path / "out").glob("*.tmp")) and not (tmp_path / "out" / "final.incomplete").exists()
+    assert not list((tmp_path / "out").glob("*.tmp"))
 
 
 def kill_at_random(inputs, finished, folder, kills, seed):
