@@ -625,10 +625,16 @@ class PreferenceTrainer(trl.DPOTrainer):
 
     def get_train_dataloader(self):
         loader, args, needed = super().get_train_dataloader(), self.args, np.array(self.train_dataset["needed_tokens"])
-        passes, seed = args.gradient_accumulation_steps * args.world_size, args.data_seed or args.seed
+        passes = args.gradient_accumulation_steps * args.world_size
+        seed = args.seed if args.data_seed is None else args.data_seed
         # set into all layers of the loader, or a run that two processes resume in its second epoch has another order
         loader.set_sampler(BalancedSampler(needed, args.per_device_train_batch_size, passes, seed))
+        loader.dataset.total_dataset_length = len(loader.get_sampler())  # else accelerate cuts the last step's sums
         return loader
+
+    def _run_epoch(self, **kwargs):
+        if self.state.global_step < self.state.max_steps:  # transformers looks only after a step
+            super()._run_epoch(**kwargs)
 
     def _prepare_inputs(self, inputs):
         """The batch on this device, with the reference's log-probs, (B,) each, unless the cache has put them there."""
@@ -637,21 +643,23 @@ class PreferenceTrainer(trl.DPOTrainer):
             inputs |= zip(REFERENCE, self.compute_ref_log_probs(self.ref_model or self.model, inputs))
         return inputs
 
-    def require_finite(self, value, what: str) -> None:
+    def require_finite(self, value, what: str, inputs: dict) -> None:
         if not math.isfinite(value):
-            fix = f"lower learning_rate ({self.args.learning_rate:g}), raise beta, or use bf16, not fp16"
-            raise UserError(f"the {what} is not finite at step {self.state.global_step + 1}: {fix}", status=1)
+            text = f"the {what} is not finite at step {self.state.global_step + 1}, the last checkpoint is kept: " \
+                f"lower learning_rate ({self.args.learning_rate:g}), raise beta, or use bf16, not fp16"  # fmt: skip
+            rows = [row[:60] for row in inputs["input_ids"].chunk(2)[0].tolist()] if inputs else []
+            raise UserError("\n  ".join([text, *map(repr, self.processing_class.batch_decode(rows))]), status=1)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        self.require_finite(loss.detach(), "loss")
+        self.require_finite(loss.detach(), "loss", inputs)
         self._metrics["train"]["loss"].append(self.accelerator.gather(loss.detach()).mean().item())
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
         if self.accelerator.scaler is None:  # fp16's looks for an overflow itself, and skips that step
-            self.require_finite(norm, "gradient")
+            self.require_finite(norm, "gradient", {})
         return norm
 
     @torch.no_grad()
@@ -676,7 +684,8 @@ class PreferenceTrainer(trl.DPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         """A checkpoint is whole once its manifest, written last, lists every file."""
-        self.state.stateful_callbacks["averages"] = [self._total_train_tokens, dict(self._metrics["train"])]
+        averages = self._total_train_tokens, self.args.gradient_accumulation_steps, dict(self._metrics["train"])
+        self.state.stateful_callbacks["averages"] = averages
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if is_main():
@@ -721,7 +730,7 @@ def cache_reference(trainer: PreferenceTrainer, s) -> None:
     for batch in tqdm(trainer.accelerator.prepare(loader), desc="reference", disable=not is_main() or None):
         batch = trainer._prepare_inputs(batch)
         logps = torch.stack([batch[name] for name in REFERENCE], dim=1)
-        trainer.require_finite(logps.sum(), "reference's log-prob")
+        trainer.require_finite(logps.sum(), "reference's log-prob", batch)
         logps = trainer.accelerator.gather_for_metrics(logps).cpu()
         known[todo[: len(logps)]], todo = logps, todo[len(logps) :]
         known.flush()  # a kill costs one batch
@@ -996,8 +1005,11 @@ class Report(transformers.TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step:
             state.compute_steps(args, state.max_steps)  # the checkpoint has the save_steps of the run that wrote it
-            self.trainer._total_train_tokens, averages = state.stateful_callbacks["averages"]
-            self.trainer._metrics["train"].update(averages)  # the next log line is of the steps before the break too
+            self.trainer._total_train_tokens, passes, averages = state.stateful_callbacks["averages"]
+            for name, values in averages.items():  # the next log line is of the steps before the break too
+                same = args.gradient_accumulation_steps == passes  # else a step would not weigh as much as one to come
+                count = len(values) // passes * args.gradient_accumulation_steps
+                self.trainer._metrics["train"][name] = values if same else [np.mean(values).item()] * count
         self.advice = state.stateful_callbacks.setdefault("advice", {})  # checkpoints keep it: nothing is said twice
         self.shown = state.global_step, time.perf_counter()
         say(HEADER)
@@ -1042,11 +1054,13 @@ def generate_answers(trainer: PreferenceTrainer, model, prompts: list[list[int]]
     """Tokens of a model's answers up to their end: greedy ones to all prompts, then sampled ones, from one seed."""
     config, tokenizer, rows = trainer.model.generation_config, trainer.processing_class, []
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+    width = batch["input_ids"].shape[1]
+    room = min(256, getattr(model.config, "max_position_embeddings", math.inf) - width)
     transformers.set_seed(trainer.args.seed)
     for do_sample in (False, True):
         with trainer.accelerator.autocast():
-            whole = model.generate(**batch, generation_config=config, max_new_tokens=256, do_sample=do_sample)
-        rows += whole[:, batch["input_ids"].shape[1] :].tolist()
+            whole = model.generate(**batch, generation_config=config, max_new_tokens=room, do_sample=do_sample)
+        rows += whole[:, width:].tolist()
     ends = np.atleast_1d(config.eos_token_id).tolist()  # training has added the tokenizer's
     return [row[: next((i for i, token in enumerate(row, 1) if token in ends), None)] for row in rows]
 
@@ -1057,7 +1071,8 @@ def show_samples(trainer: PreferenceTrainer, s: argparse.Namespace, report: Repo
         return say("no samples: the model is sharded over processes")
     if not (is_main() and s.sample_prompts and trainer.eval_dataset):
         return None
-    policy, decode, block = trainer.model.eval(), trainer.processing_class.decode, "\n\n```text\n{}\n```\n\n".format
+    policy, decode = trainer.model.eval(), trainer.processing_class.decode
+    block = "\n\n``````text\n{}\n``````\n\n".format  # a longer fence than answers have
     prompts = trainer.eval_dataset["prompt_ids"][: s.sample_prompts]
     with trl.trainer.utils.use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
         before = generate_answers(trainer, trainer.ref_model or policy, prompts)
@@ -1111,25 +1126,31 @@ def settings_yaml(s: argparse.Namespace) -> str:
     return head + yaml.safe_dump(values, allow_unicode=True, default_flow_style=None, width=math.inf)
 
 
+def compare_output(s: argparse.Namespace) -> bool:
+    """Whether output_dir holds this run, finished; with another run, or other files, it is refused."""
+    folder, settings = Path(s.output_dir).absolute(), Path(s.output_dir, "settings.yaml")
+    is_begun = not s.overwrite and {path.name for path in folder.glob("[!.]*")} - {"base", "settings.yaml.tmp"}
+    texts = settings.read_text("utf-8") if is_begun and settings.exists() else "", settings_yaml(s)
+    there, here = ({line for line in text.splitlines() if not re.match(FREE, line)} for text in texts)
+    if is_begun and there != here:
+        what = "a run with other settings or pairs" if there else "files that are no run of this program"
+        ways = "choose another output_dir, or `--overwrite true`, which moves the old one aside"
+        lines = [f"{'there' if line in there else 'here '}  {line}" for line in sorted(there ^ here) if there]
+        raise UserError("\n  ".join([f"{folder} holds {what}; {ways}", *lines]))
+    return bool(is_begun) and (folder / "adapter_config.json").exists()
+
+
 @contextmanager
 def open_output(s: argparse.Namespace):
-    """Hold output_dir for this run; refuse one with another run, or other files. Yields whether it is finished."""
+    """Hold output_dir for this run, an earlier one moved aside if asked. Yields whether this run is finished."""
     folder = Path(s.output_dir).absolute()
-    lock, settings = FileLock(folder / ".lock", blocking=False), folder / "settings.yaml"
+    lock = FileLock(folder / ".lock", blocking=False)
     if s.overwrite and is_main() and any(folder.glob("[!.]*")):
         with lock:
             say(f"the earlier run was moved to {folder.rename(f'{folder}-old-{time.strftime(STAMP)}')}")
     folder.mkdir(parents=True, exist_ok=True)
     with lock if is_main() else nullcontext():
-        is_begun = not s.overwrite and {path.name for path in folder.glob("[!.]*")} - {"base", "settings.yaml.tmp"}
-        texts = settings.read_text("utf-8") if is_begun and settings.exists() else "", settings_yaml(s)
-        there, here = ({line for line in text.splitlines() if not re.match(FREE, line)} for text in texts)
-        if is_begun and there != here:
-            what = "a run with other settings or pairs" if there else "files that are no run of this program"
-            ways = "choose another output_dir, or `--overwrite true`, which moves the old one aside"
-            lines = [f"{'there' if line in there else 'here '}  {line}" for line in sorted(there ^ here) if there]
-            raise UserError("\n  ".join([f"{folder} holds {what}; {ways}", *lines]))
-        yield is_begun and (folder / "adapter_config.json").exists()
+        yield compare_output(s)
 
 
 def digest_files(folder: Path) -> dict[str, str]:
@@ -1158,6 +1179,10 @@ class Ending(transformers.TrainerCallback):
             self.heard = self.heard or signal.SIGTERM
             control.should_save = control.should_training_stop = True
 
+    def on_save(self, args, state, control, **kwargs):
+        self.on_step_end(args, state, control)  # it may have come in the evaluation since, or in the save
+        control.should_save = False
+
     def on_train_end(self, args, state, control, **kwargs):
         self.on_step_end(args, state, control)  # a signal may have come in the last evaluation; all wait for all here
         if control.should_save:
@@ -1185,21 +1210,23 @@ def train_policy(s: argparse.Namespace, trainer: PreferenceTrainer) -> Report:
     trainer.callback_handler.callbacks += [report, Ending(trainer.accelerator)]
     if is_main():  # from here on, the folder is this run's
         write_file(folder / "settings.yaml", settings_yaml(s).encode())
+    trainer.args.eval_on_start &= not checkpoint  # a resume is no start
     trainer.train(resume_from_checkpoint=checkpoint)
     return report
 
 
 def merge_adapter(trainer: PreferenceTrainer, folder: Path) -> None:
     """The merged model in `folder`, and how far its next-token logits are from those of adapter plus base."""
-    policy = trainer.model.eval()
-    prompt = torch.tensor(trainer.train_dataset[:1]["prompt_ids"], device=policy.device)
+    policy, tokenizer = trainer.model.eval(), trainer.processing_class
+    prompts = (trainer.eval_dataset or trainer.train_dataset)["prompt_ids"][:8]
+    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(policy.device)
     with torch.no_grad(), trainer.accelerator.autocast():
-        before = policy(prompt).logits
+        before = policy(**batch, logits_to_keep=1).logits
         merged = policy.merge_and_unload()
-        gap = (merged(prompt).logits - before).abs().max()
-    for part in (merged, trainer.processing_class):
+        gap = (merged(**batch, logits_to_keep=1).logits - before).abs().max()
+    for part in (merged, tokenizer):
         part.save_pretrained(folder)
-    say(f"merged: the logits of a prompt's tokens differ by {gap:.2g} at most from adapter plus base")
+    say(f"merged: the logits after {len(prompts)} prompts differ by {gap:.2g} at most from adapter plus base")
 
 
 def save_run(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) -> None:
@@ -1212,7 +1239,7 @@ def save_run(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) 
         f"{trainer.state.global_step} steps of {s.global_batch_size} pairs in {s.output_dir}; this run: "
         f"{totals['train_runtime'] / 60:.1f} minutes, {totals['train_samples_per_second']:.2f} pairs/s{memory}",
         HEADER, *held_out[:1], *held_out[1:][-1:], *report.advice.values(),
-        f"next: merge it, `python -c \"{load}.merge_and_unload().save_pretrained('merged')\"`",
+        "" if s.merge else f"next: merge it, `python -c \"{load}.merge_and_unload().save_pretrained('merged')\"`",
     ])  # fmt: skip
     if is_main():
         if s.merge:
@@ -1235,11 +1262,13 @@ def prepare(s: argparse.Namespace) -> tuple:
     given["use_cpu"] |= s.dry_run and not torch.cuda.is_available()  # a plan can be made anywhere
     given["disable_tqdm"] = s.disable_tqdm or not sys.stderr.isatty()
     args, start = trl.DPOConfig(**given), load_start(s)
+    s.gradient_checkpointing = args.gradient_checkpointing  # which has a second name, activation_checkpointing
     train, held_out, counts = load_preferences(s, start.tokenizer)
     s.pairs = hashlib.blake2b(np.array(train["pair_hash"]).tobytes(), digest_size=8).hexdigest()
     epoch = math.ceil(len(train) / s.global_batch_size)
     s.planned_steps = s.max_steps if s.max_steps > 0 else math.ceil(s.num_train_epochs * epoch)
-    for kind in ("eval", "save"):  # by steps, an evaluation comes before the checkpoint of its step, and is in it
+    args.eval_delay *= epoch if args.eval_strategy == "epoch" else 1
+    for kind in ("eval", "logging", "save"):  # by steps, each comes before the checkpoint of its step, and is in it
         if vars(args)[f"{kind}_strategy"] == "epoch":
             vars(args).update({f"{kind}_strategy": "steps", f"{kind}_steps": epoch})
     args.eval_strategy = args.eval_strategy if held_out is not None else "no"
@@ -1261,10 +1290,13 @@ def main(argv: list[str] | None = None) -> int:
         if lacking:  # for a run, not for a plan
             raise UserError("\n".join(lacking))
         if s.dry_run:
+            compare_output(s)
             return 0
         with open_output(s) as is_finished:
             if is_finished:
-                say(f"{s.output_dir} holds this run, finished: nothing to do (`--overwrite true` starts afresh)")
+                say(
+                    f"{s.output_dir} holds this run, finished: nothing to do (README: to merge it; `--overwrite true`)"
+                )
                 return 0
             trainer = build_trainer(s, args, start, train, held_out)
             report = train_policy(s, trainer)
@@ -1273,9 +1305,10 @@ def main(argv: list[str] | None = None) -> int:
                 save_run(trainer, s, report)
         return 0
     except BaseException as error:
+        is_new = trainer is None or not trainer.state.global_step  # nothing is trained yet
         known = [error] if isinstance(error, UserError) else [
             UserError(f"{fix}: {error!r}"[:700], status) for kinds, words, status, fix in FAULTS
-            if isinstance(error, kinds) and re.search(words, str(error)) and (trainer is None or status != 2)
+            if isinstance(error, kinds) and re.search(words, str(error)) and (is_new or status != 2)
         ]  # fmt: skip
         if not known:  # only its traceback explains it
             raise
