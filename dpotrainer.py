@@ -93,7 +93,7 @@ RENAMED = {"MODEL_NAME": "model_name_or_path", "PER_DEVICE_BATCH_SIZE": "per_dev
 OUR_DEFAULTS = {  # where a good run differs from TRL's defaults
     "use_peft": True, "lora_target_modules": "all-linear", "use_bnb_nested_quant": True,
     "eval_strategy": "steps", "save_total_limit": 2, "logging_first_step": True,
-    "gradient_accumulation_steps": None, "per_device_eval_batch_size": None,  # check_batch derives them
+    "gradient_accumulation_steps": None, "per_device_eval_batch_size": None,  # check_settings derives them
     "logging_nan_inf_filter": False,  # it would hide a loss that is not finite; we stop at one
     "ddp_find_unused_parameters": False,  # every adapter weight gets a gradient
     "ddp_timeout": 7200,  # seconds: a slow first tokenization must not trip the processes that wait for it
@@ -121,33 +121,31 @@ class Settings:
 
 KINDS = (Settings, trl.ScriptArguments, trl.ModelConfig, trl.DPOConfig)
 OPTIONAL = {name for kind in KINDS for name, hint in get_type_hints(kind).items() if type(None) in get_args(hint)}
-OBJECTIVES = {  # loss_type: what it does to the margin or the rewards, and where it is from
-    "sigmoid": "logistic loss, DPO (arXiv 2305.18290, eq. 7)", "hinge": "hinge loss, SLiC (arXiv 2305.10425)",
-    "ipo": "squared distance of the mean gap from 1/(2 beta), IPO (arXiv 2310.12036, eq. 17)",
-    "robust": "logistic loss unbiased by flipped labels, equals sigmoid if label_smoothing is 0 (arXiv 2403.00409)",
-    "exo_pair": "reverse KL, EXO (arXiv 2402.00856)", "nca_pair": "noise contrast, NCA (arXiv 2402.05369)",
-    "sppo_hard": "squared distance to win or loss, SPPO (arXiv 2405.00675)", "discopop": "DiscoPOP (arXiv 2406.08414)",
-    "bco_pair": "binary classifier, BCO (arXiv 2404.04656)", "aot": "sorted margins, AOT (arXiv 2406.05882)",
-    "aot_unpaired": "sorted rewards, AOT (arXiv 2406.05882)", "apo_down": "both down, APO (arXiv 2408.06266)",
-    "apo_zero": "chosen up, rejected down, APO (arXiv 2408.06266)", "sft": "cross-entropy of chosen",
-    "sigmoid_norm": "logistic loss per token (arXiv 2405.14734)",
+OBJECTIVES = {  # loss_type: what it is, and where from
+    "sigmoid": "DPO, arXiv 2305.18290, eq. 7", "hinge": "SLiC, arXiv 2305.10425", "exo_pair": "EXO, arXiv 2402.00856",
+    "ipo": "IPO, arXiv 2310.12036, eq. 17", "sppo_hard": "SPPO, arXiv 2405.00675", "nca_pair": "NCA, arXiv 2402.05369",
+    "robust": "sigmoid, unbiased by flipped labels, arXiv 2403.00409", "bco_pair": "BCO, arXiv 2404.04656",
+    "discopop": "DiscoPOP, arXiv 2406.08414", "aot": "AOT, margins sorted, arXiv 2406.05882",
+    "aot_unpaired": "AOT, rewards sorted, arXiv 2406.05882", "apo_down": "APO, both down, arXiv 2408.06266",
+    "apo_zero": "APO, chosen up, rejected down, arXiv 2408.06266", "sft": "cross-entropy of chosen",
+    "sigmoid_norm": "sigmoid per token, arXiv 2405.14734",
 }
-RANGES = {  # where a number must lie: settings
-    pd.Interval(0, math.inf, "neither"): "beta learning_rate num_train_epochs logging_steps eval_steps save_steps",
-    pd.Interval(1, math.inf, "left"): "global_batch_size per_device_train_batch_size per_device_eval_batch_size "
-                                      "gradient_accumulation_steps lora_r lora_alpha max_length",
-    pd.Interval(0, math.inf, "left"): "eval_pairs sample_prompts warmup_steps max_grad_norm seed",
-    pd.Interval(0, 0.5, "left"): "label_smoothing", pd.Interval(0, 1, "left"): "lora_dropout",
-    pd.Interval(2, math.inf, "left"): "save_total_limit",  # the older goes before the new one is known to be whole
-}
-FIXED = {  # only value: settings; with another they are ignored, run an author's code, or break what is promised
-    False: "auto_find_batch_size dataset_streaming padding_free push_to_hub save_only_model sync_ref_model "
-           "trust_remote_code use_liger_kernel",
-    None: "hub_token model_init_kwargs resume_from_checkpoint",
-    True: "use_peft eval_do_concat_batches", "random": "train_sampling_strategy", "keep_start": "truncation_mode",
-}
-PATHS = ("model_name_or_path", "dataset_name", "output_dir", "ref_model_name_or_path")
-RULES = (  # setting, when its value v is wrong beside all settings s, why, and what to do
+RULES = (  # settings; when the value v of one is wrong beside all settings s; why, and what to do
+    ("beta learning_rate num_train_epochs logging_steps eval_steps save_steps",
+     lambda v, s: v is not None and not 0 < v < math.inf, "must be above 0"),
+    ("global_batch_size per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r "
+     "lora_alpha max_length", lambda v, s: v is not None and v < 1, "must be at least 1"),
+    ("eval_pairs sample_prompts warmup_steps max_grad_norm seed", lambda v, s: not 0 <= v < math.inf,
+     "must be 0 or above"),
+    ("label_smoothing", lambda v, s: not 0 <= v < 0.5, "must be at least 0 and below 0.5"),
+    ("lora_dropout", lambda v, s: not 0 <= v < 1, "must be at least 0 and below 1"),
+    ("save_total_limit", lambda v, s: v is not None and v < 2,
+     "must be at least 2: the older goes before the new one is known to be whole"),
+    ("auto_find_batch_size dataset_streaming hub_token model_init_kwargs padding_free push_to_hub save_only_model "
+     "resume_from_checkpoint sync_ref_model trust_remote_code use_liger_kernel", lambda v, s: v,
+     "is ignored, runs an author's code, or breaks what is promised; leave it out"),
+    ("use_peft eval_do_concat_batches train_sampling_strategy truncation_mode",
+     lambda v, s: v not in (True, "random", "keep_start"), "would break what is promised; leave it out"),
     ("loss_type", lambda v, s: {*v} - {*OBJECTIVES}, f"is unknown; one of {', '.join(OBJECTIVES)}"),
     ("loss_weights", lambda v, s: v and (len(v) != len(s.loss_type) or not np.isfinite(v).all()),
      "must be one number for each loss_type; mend the list"),
@@ -155,21 +153,24 @@ RULES = (  # setting, when its value v is wrong beside all settings s, why, and 
      "is for robust, exo_pair, aot and aot_unpaired; leave it out"),
     ("label_smoothing", lambda v, s: not v and "exo_pair" in s.loss_type, "must be above 0 for exo_pair; 1e-3"),
     ("save_strategy", lambda v, s: v not in ("steps", "epoch"), "would leave nothing to resume from; steps"),
-    *((f"torch_compile_{part}", lambda v, s: v and not s.torch_compile, "has no effect; add `torch_compile: true`")
-      for part in ("backend", "mode")),
+    ("torch_compile_backend torch_compile_mode", lambda v, s: v and not s.torch_compile,
+     "has no effect; add `torch_compile: true`"),
     ("discopop_tau", lambda v, s: v != 0.05 and "discopop" not in s.loss_type, "is for discopop; leave it out"),
     ("lora_dropout", lambda v, s: v and s.disable_dropout, "has no effect; add `disable_dropout: false`"),
     ("ref_model_name_or_path", lambda v, s: v and s.reference != "copy", "has no effect; add `reference: copy`"),
     ("reference", lambda v, s: v == "adapter" and s.fresh_adapter, "copies what fresh_adapter merges; auto"),
-    *((name, lambda v, s: v and (is_sharded() or s.fsdp or s.deepspeed), "needs a model in one piece; leave it out")
-      for name in ("precompute_ref_log_probs", "merge")),
+    ("precompute_ref_log_probs merge", lambda v, s: v and (is_sharded() or s.fsdp or s.deepspeed),
+     "needs a model in one piece; leave it out"),
     ("fresh_adapter", lambda v, s: v and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3",
      "cannot be merged while ZeRO-3 shards its base; use fsdp2.yaml, or merge it first"),
     ("merge", lambda v, s: v and (s.load_in_4bit or s.load_in_8bit), "needs a bf16 base; README, 'Merging', says how"),
-    *((name, lambda v, s: not v, "is empty; give a value") for name in (*PATHS[:3], "dtype")),
-    *((name, lambda v, s: re.search(r"^[./~]|/.*/|\.(jsonl?|parquet|csv)$", v or "") and not os.path.exists(v),
-       "there is no such file or folder; check the path") for name in PATHS if name != "output_dir"),
-    ("output_dir", lambda v, s: v and not can_write(v), "is not a folder that can be written; choose another"),
+    ("model_name_or_path dataset_name output_dir dtype", lambda v, s: not v, "is empty; give a value"),
+    ("model_name_or_path dataset_name ref_model_name_or_path",
+     lambda v, s: re.search(r"^[./~]|/.*/|\.(jsonl?|parquet|csv)$", v or "") and not os.path.exists(v),
+     "there is no such file or folder; check the path"),
+    ("output_dir", lambda v, s: v and not os.access(  # with a slash, a file is refused
+        f"{next(filter(os.path.exists, [v, *Path(v).absolute().parents]))}/", os.W_OK | os.X_OK),
+     "is not a folder that can be written; choose another"),
 )
 MACHINE_RULES = (  # the same, of what the machine must have
     ("use_cpu", lambda v, s: not v and not torch.cuda.is_available(),
@@ -180,9 +181,8 @@ MACHINE_RULES = (  # the same, of what the machine must have
      "needs an Ampere GPU (2020) or newer; `--bf16 false --fp16 true --dtype float16`"),  # False: not by emulation
     ("report_to", lambda v, s: v and not all(name in ("all", "none") or find_spec(name) for name in np.atleast_1d(v)),
      "is not installed; `pip install tensorboard`, `pip install wandb` or `pip install trackio`"),
-    *((name, lambda v, s: re.search("True|bnb|paged|lion|ademamix|adamw_8bit", str(v))
-       and not find_spec("bitsandbytes"), "needs bitsandbytes; `pip install bitsandbytes`")
-      for name in ("load_in_4bit", "load_in_8bit", "optim")),
+    ("load_in_4bit load_in_8bit optim", lambda v, s: re.search("True|bnb|paged|lion|ademamix|adamw_8bit", str(v))
+     and not find_spec("bitsandbytes"), "needs bitsandbytes; `pip install bitsandbytes`"),
 )
 # fmt: on
 
@@ -208,11 +208,6 @@ def say(*lines: Any) -> None:
         print(*lines, sep="\n", flush=True)
 
 
-def can_write(folder: str) -> bool:
-    there = next(path for path in Path(folder, "new").absolute().parents if path.exists())
-    return os.access(f"{there}/", os.W_OK | os.X_OK)  # with a slash, a file is refused
-
-
 def read_yaml(path: str | None) -> dict[str, Any]:
     """The settings in a YAML file; what it has under `env` is put into the environment, as `trl dpo` does."""
     try:
@@ -220,14 +215,7 @@ def read_yaml(path: str | None) -> dict[str, Any]:
         os.environ |= {name: str(value) for name, value in content.pop("env", {}).items()}
         return content
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        why = " ".join(str(error).split())
-        raise UserError(f"--config {path}: {why}; give a file of lines such as `beta: 0.1`") from None
-
-
-def as_flags(settings: dict[str, Any]) -> list[list[str]]:
-    """A mapping as the flags that say the same, [["--beta=0.1"], ...], so that all layers pass the same checks."""
-    texts = {name: json.dumps(v) if isinstance(v, dict) else v for name, v in settings.items()}
-    return [[f"--{name}", *map(str, v)] if isinstance(v, list) else [f"--{name}={v}"] for name, v in texts.items()]
+        raise UserError(f"--config {path}: {error}; give a file of lines such as `beta: 0.1`") from None
 
 
 def parse_settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -246,12 +234,14 @@ def parse_settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     in_file = read_yaml(file.config)
     if in_file.get("gradient_accumulation_steps"):  # a file for `trl dpo` keeps its meaning
         constants.pop("global_batch_size", None)
-    values = constants | in_file
+    values = {name: json.dumps(v) if isinstance(v, dict) else v for name, v in (constants | in_file).items()}
     nulls = [name for name in values if values[name] is None and (name in OPTIONAL or vars(s).get(name, "") is None)]
     vars(s).update({name: values.pop(name) for name in nulls})  # no flag can say it
+    # the rest as the flags that say the same, so that all layers pass the same checks
+    flags = [[f"--{name}", *map(str, v)] if isinstance(v, list) else [f"--{name}={v}"] for name, v in values.items()]
     starts = [i for i, word in enumerate(argv) if i == 0 or word.startswith("--")]
-    flags = [argv[i:j] for i, j in itertools.pairwise([*starts, len(argv)])]
-    for words in as_flags(values) + flags:
+    flags += [argv[i:j] for i, j in itertools.pairwise([*starts, len(argv)])]
+    for words in flags:
         try:
             unknown = parser.parse_known_args(words, s)[1]
         except argparse.ArgumentError as error:
@@ -260,39 +250,30 @@ def parse_settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         if unknown:
             closest = difflib.get_close_matches(words[0].partition("=")[0], vars(s), n=1, cutoff=0)[0]
             problems.append(f"{' '.join(words)}: {unknown[0]!r} is not a setting; did you mean {closest}?")
-    for name in PATHS:
+    for name in ("model_name_or_path", "dataset_name", "output_dir", "ref_model_name_or_path"):
         setattr(s, name, getattr(s, name) and os.path.expanduser(getattr(s, name)))
     del s.config
     return s, problems
 
 
-def check_batch(s: argparse.Namespace) -> list[str]:
-    """Derive gradient accumulation from global_batch_size, or say which batches per device would divide it."""
-    size, passes, world = s.per_device_train_batch_size, s.gradient_accumulation_steps, int(os.getenv("WORLD_SIZE", 1))
-    s.per_device_eval_batch_size = s.per_device_eval_batch_size or size
-    s.global_batch_size = s.global_batch_size or size * (passes or 1) * world
-    s.gradient_accumulation_steps = passes or s.global_batch_size // (size * world)
-    if s.global_batch_size == size * s.gradient_accumulation_steps * world:
-        return []
-    sizes = [n for n in range(1, 1000) if s.global_batch_size % (n * world) == 0]
-    fix = f"one of {sizes} per device" if sizes else f"a multiple of {world}"
-    made = f"{size} per device x {passes or 'any'} accumulation x {world} processes"
-    return [f"global_batch_size={s.global_batch_size}: is not {made}; leave accumulation out, and take {fix}"]
-
-
 def find_broken(s: argparse.Namespace, rules: tuple) -> list[str]:
-    return [f"{name}={getattr(s, name)}: {text}" for name, is_wrong, text in rules if is_wrong(getattr(s, name), s)]
+    shown = vars(s) | {"hub_token": "..."}
+    return [f"{name}={shown[name]}: {text}" for names, is_wrong, text in rules for name in names.split()
+            if is_wrong(getattr(s, name), s)]  # fmt: skip
 
 
 def check_settings(s: argparse.Namespace) -> list[str]:
-    """Everything that is wrong with the settings, each with its fix, before anything is downloaded or written."""
-    found = vars(s)
-    problems = [f"{name}={found[name]}: must lie in {right}" for right, names in RANGES.items()
-                for name in names.split() if found[name] is not None and found[name] not in right]  # fmt: skip
-    problems += check_batch(s) if not problems else []
-    problems += [f"{name}: must be {value}, or the batch, evaluation, resume or safety promised is lost; leave it out"
-                 for value, names in FIXED.items() for name in names.split() if found[name] != value]  # fmt: skip
-    problems += find_broken(s, RULES)
+    """Derive the batch; all that is wrong, each with its fix, before anything is downloaded or written."""
+    problems, world = find_broken(s, RULES), int(os.getenv("WORLD_SIZE", 1))
+    size, passes = max(1, s.per_device_train_batch_size), s.gradient_accumulation_steps
+    s.per_device_eval_batch_size = s.per_device_eval_batch_size or size
+    s.global_batch_size = s.global_batch_size or size * (passes or 1) * world
+    s.gradient_accumulation_steps = passes or s.global_batch_size // (size * world)
+    if s.global_batch_size != size * s.gradient_accumulation_steps * world:
+        sizes = [n for n in range(1, 1000) if s.global_batch_size % (n * world) == 0]
+        made = f"{size} per device x {passes or 'any'} accumulation x {world} processes"
+        fix = f"leave accumulation out, and take one of {sizes} per device, or a multiple of {world}"
+        problems.append(f"global_batch_size={s.global_batch_size}: is not {made}; {fix}")
     if not problems:
         trl.ModelConfig.__post_init__(s)  # a single one of lora_target_modules may be a pattern, or "all-linear"
     return problems
@@ -343,11 +324,10 @@ def read_turns(cell, column: str, kind: str) -> list[dict]:
     messages = []
     for turn in turns:
         turn = {names.get(key, key): turn[key] for key in turn} if isinstance(turn, dict) else {}
-        turn = {"content": "" if "tool_calls" in turn else None} | turn
-        turn["role"] = ROLES.get(str(turn.get("role")).lower())
-        if turn["role"] is None or not isinstance(turn["content"], str):
+        role, content = ROLES.get(str(turn.get("role")).lower()), "" if "tool_calls" in turn else None
+        messages.append({"content": content} | turn | {"role": role})
+        if role is None or not isinstance(messages[-1]["content"], str):
             raise ValueError(f"{column} holds {str(cell)[:200]}, not {kind} (roles: {', '.join(ROLES)})")
-        messages.append(turn)
     return messages
 
 
@@ -355,15 +335,13 @@ def canonical_pair(row: dict, layout: str) -> tuple[list[dict], list[dict], list
     """Prompt, chosen and rejected as messages, and why the pair is dropped, or ""."""
     *start, chosen, rejected = (read_turns(row.get(column), column, kind) for column, kind in LAYOUTS[layout].items())
     prompt = start[0] if start and layout != "prompt beside conversations" else []
-    if prompt:
-        size = len(prompt)  # answers may repeat it
-        chosen, rejected = (side[size:] if side[:size] == prompt else side for side in (chosen, rejected))
-    else:  # what both conversations begin with, up to the last turn that is not the assistant's
-        size = common_prefix_length(chosen, rejected)
-        while size and chosen[size - 1]["role"] == "assistant":
-            size -= 1
-        prompt = chosen[:size] if any(turn["role"] == "user" for turn in chosen[:size]) else []
-        chosen, rejected = chosen[size:], rejected[size:]
+    if not prompt:  # what both conversations begin with, up to the last turn that is not the assistant's
+        shared = chosen[: common_prefix_length(chosen, rejected)]
+        while shared and shared[-1]["role"] == "assistant":
+            shared.pop()
+        prompt = shared if any(turn["role"] == "user" for turn in shared) else []
+    size = len(prompt)  # answers may repeat it
+    chosen, rejected = (side[size:] if side[:size] == prompt else side for side in (chosen, rejected))
     ends = [turns[-1] for turns in (prompt, chosen, rejected) if turns]
     filled = chosen and rejected and all(turn["content"].strip() or turn.get("tool_calls") for turn in ends)
     reasons = {"empty side": not filled,
@@ -386,8 +364,7 @@ def tokenize_pair(prompt: list, chosen: list, rejected: list, row: dict, tokeniz
     else:
         parted = min(common_prefix_length(alone, text) for text in whole)
         shown = "\n  ".join(repr(text[max(0, parted - 80) : parted + 80]) for text in (alone, *whole))
-        raise ValueError("the chat template renders the prompt differently alone than with its answers; save a "
-                         f"chat_template.jinja that renders them alike beside the tokenizer:\n  {shown}")  # fmt: skip
+        raise ValueError(f"the chat template renders the prompt differently alone than with its answers:\n  {shown}")
     encode = functools.partial(tokenizer, add_special_tokens=False, return_attention_mask=False, verbose=False)
     special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     whole = [text if text.rstrip().endswith(special) else text + tokenizer.eos_token for text in whole]
@@ -418,31 +395,26 @@ def prepare_pair(row: dict, index: int, layout: str, tokenizer, raw: bool, max_l
     row = trl.trainer.utils.remove_none_values(row)  # arrow gives every struct of a column the keys of all of them
     try:
         *pair, reason = canonical_pair(row, layout)
-        if reason:
-            return dict(zip(PREPARED, ([], [], [], 0, 0, reason)))
-        ids = tokenize_pair(*pair, row, tokenizer, raw)
+        ids = [[], [], []] if reason else tokenize_pair(*pair, row, tokenizer, raw)
     except Exception as error:  # also jinja's, and whatever a template raises to refuse a conversation
         raise ValueError(f"row {index + 1}: {error}") from error  # a class of ours would not come back from a worker
-    return dict(zip(PREPARED, (*ids, *measure_pair(*ids, max_length))))
+    return dict(zip(PREPARED, (*ids, *((0, 0, reason) if reason else measure_pair(*ids, max_length)))))
 
 
 def prepare_split(dataset, split: str, s: argparse.Namespace, tokenizer) -> tuple:
     """One split, tokenized and without its bad pairs; and the report on it, with row numbers from 1."""
     source = f"{s.dataset_name} ({split})"
     layout = recognise_layout(dataset, source)
-    raw = layout == "standard" and not s.chat_strings
-    if not (raw or tokenizer.chat_template):
-        fix = "start from the instruct version, or save a chat_template.jinja beside the tokenizer"
-        raise UserError(f"{source} needs a chat template, and the tokenizer has none; {fix}")
     read = sorted({*LAYOUTS[layout], *sum(SCORES, ()), "tools", "chat_template_kwargs"}.intersection(dataset.features))
+    given = {"layout": layout, "tokenizer": tokenizer, "raw": layout == "standard" and not s.chat_strings}
     try:
         table = dataset.select_columns(read).map(
             prepare_pair, with_indices=True, remove_columns=read, features=datasets.Features(PREPARED),
-            fn_kwargs={"layout": layout, "tokenizer": tokenizer, "raw": raw, "max_length": s.max_length},
-            num_proc=s.dataset_num_proc or (min(8, os.cpu_count()) if len(dataset) > 5000 else None),
-            desc=f"Tokenizing {split}")  # fmt: skip
+            fn_kwargs=given | {"max_length": s.max_length}, desc=f"Tokenizing {split}",
+            num_proc=s.dataset_num_proc or (min(8, os.cpu_count()) if len(dataset) > 5000 else None))  # fmt: skip
     except ValueError as error:
-        raise UserError(f"{source}, {error}") from None
+        fix = "mend it; or start from an instruct model, or save a chat_template.jinja for it beside the tokenizer"
+        raise UserError(f"{source}, {error}\n{fix}") from None
     rows = table.select_columns("dropped").to_pandas().groupby("dropped").indices
     good = rows.pop("", np.array([], int))
     report = {"layout": layout, "read": len(table), "kept": len(good)}
@@ -452,10 +424,10 @@ def prepare_split(dataset, split: str, s: argparse.Namespace, tokenizer) -> tupl
         raise UserError(f"{source}: too few pairs can be used\n{format_report(report)}")
     pairs, lengths = table.select(good).remove_columns("dropped"), token_lengths(table)
     whole = np.stack([lengths["prompt"] + lengths[side] for side in ("chosen", "rejected")])  # (2, N) tokens
-    tokenized = np.sort(whole[whole > 0])  # with those whose prompt left no room
     report["duplicates"] = len(pairs) - len({*pairs["pair_hash"]})
     report["share of answers cut"] = round(float((whole[:, good] > (s.max_length or np.inf)).mean()), 4)
-    report["max_length that cuts less than 1%"] = int(tokenized[-len(tokenized) // 100])
+    # of all that was tokenized, also of those whose prompt left no room
+    report["max_length that cuts less than 1%"] = int(np.quantile(whole[whole > 0], 0.99, method="higher"))
     return pairs, report
 
 
@@ -946,7 +918,7 @@ def make_plan(s, args, start, train, held_out) -> list[str]:
     padded = 2 * len(longest) * batches.mean()
     total, trained, gib, reason = measure_model(s, start, int(needed[-size:].sum()), int(2 * size * longest.max()))
     terms = zip(s.loss_weights or [1] * len(s.loss_type), s.loss_type)
-    goal = " + ".join(f"{weight:g} x {OBJECTIVES[name]}" for weight, name in terms).removeprefix("1 x ")
+    goal = " + ".join(f"{weight:g} x {name} ({OBJECTIVES[name]})" for weight, name in terms).removeprefix("1 x ")
     spread = {side: np.quantile(counts, [0.05, 0.5, 0.95, 1]).astype(int).tolist() for side, counts in lengths.items()}
     disk = gib["adapter"] * (3 * (s.save_total_limit or 1) + 1) + gib["weights"] * (s.merge + s.fresh_adapter)
     lines = f"""\
