@@ -22,7 +22,6 @@ import difflib
 import functools
 import hashlib
 import inspect
-import itertools
 import json
 import math
 import os
@@ -43,7 +42,6 @@ import datasets
 import numpy as np
 import pandas as pd
 import peft
-import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 import transformers
@@ -88,7 +86,7 @@ LOGGING_STEPS = 10  # optimizer steps between log lines
 SEED = 42  # of adapter, order and held-out pairs
 # -------------------------------------------------------------------------------------------------------- end of edits
 
-# A constant is the setting of the same name in lower case, but for these.
+# A constant is the setting of the same name in lower case, but for these; a misspelt one is refused.
 RENAMED = {"MODEL_NAME": "model_name_or_path", "PER_DEVICE_BATCH_SIZE": "per_device_train_batch_size"}
 OUR_DEFAULTS = {  # where a good run differs from TRL's defaults
     "use_peft": True, "lora_target_modules": "all-linear", "use_bnb_nested_quant": True,
@@ -121,26 +119,17 @@ class Settings:
 
 KINDS = (Settings, trl.ScriptArguments, trl.ModelConfig, trl.DPOConfig)
 OPTIONAL = {name for kind in KINDS for name, hint in get_type_hints(kind).items() if type(None) in get_args(hint)}
-OBJECTIVES = {  # loss_type: what it is, and where from
-    "sigmoid": "DPO, arXiv 2305.18290, eq. 7", "hinge": "SLiC, arXiv 2305.10425", "exo_pair": "EXO, arXiv 2402.00856",
-    "ipo": "IPO, arXiv 2310.12036, eq. 17", "sppo_hard": "SPPO, arXiv 2405.00675", "nca_pair": "NCA, arXiv 2402.05369",
-    "robust": "sigmoid, unbiased by flipped labels, arXiv 2403.00409", "bco_pair": "BCO, arXiv 2404.04656",
-    "discopop": "DiscoPOP, arXiv 2406.08414", "aot": "AOT, margins sorted, arXiv 2406.05882",
-    "aot_unpaired": "AOT, rewards sorted, arXiv 2406.05882", "apo_down": "APO, both down, arXiv 2408.06266",
-    "apo_zero": "APO, chosen up, rejected down, arXiv 2408.06266", "sft": "cross-entropy of chosen",
-    "sigmoid_norm": "sigmoid per token, arXiv 2405.14734",
-}
+OBJECTIVES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "discopop", "sft",
+              "aot", "aot_unpaired", "apo_zero", "apo_down", "sigmoid_norm")  # TRL's; its manual names their papers
 RULES = (  # settings; when the value v of one is wrong beside all settings s; why, and what to do
     ("beta learning_rate num_train_epochs logging_steps eval_steps save_steps",
-     lambda v, s: v is not None and not 0 < v < math.inf, "must be above 0"),
+     lambda v, s: v is not None and not 0 < v < math.inf, "must be > 0"),
     ("global_batch_size per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r "
-     "lora_alpha max_length", lambda v, s: v is not None and v < 1, "must be at least 1"),
-    ("eval_pairs sample_prompts warmup_steps max_grad_norm seed", lambda v, s: not 0 <= v < math.inf,
-     "must be 0 or above"),
-    ("label_smoothing", lambda v, s: not 0 <= v < 0.5, "must be at least 0 and below 0.5"),
-    ("lora_dropout", lambda v, s: not 0 <= v < 1, "must be at least 0 and below 1"),
-    ("save_total_limit", lambda v, s: v is not None and v < 2,
-     "must be at least 2: the older goes before the new one is known to be whole"),
+     "lora_alpha max_length", lambda v, s: v is not None and v < 1, "must be >= 1"),
+    ("eval_pairs sample_prompts warmup_steps max_grad_norm seed", lambda v, s: not 0 <= v < math.inf, "must be >= 0"),
+    ("label_smoothing", lambda v, s: not 0 <= v < 0.5, "must lie in [0, 0.5)"),
+    ("lora_dropout", lambda v, s: not 0 <= v < 1, "must lie in [0, 1)"),
+    ("save_total_limit", lambda v, s: v is not None and v < 2, "must be >= 2: the newest may be half written"),
     ("auto_find_batch_size dataset_streaming hub_token model_init_kwargs padding_free push_to_hub save_only_model "
      "resume_from_checkpoint sync_ref_model trust_remote_code use_liger_kernel", lambda v, s: v,
      "is ignored, runs an author's code, or breaks what is promised; leave it out"),
@@ -153,8 +142,7 @@ RULES = (  # settings; when the value v of one is wrong beside all settings s; w
      "is for robust, exo_pair, aot and aot_unpaired; leave it out"),
     ("label_smoothing", lambda v, s: not v and "exo_pair" in s.loss_type, "must be above 0 for exo_pair; 1e-3"),
     ("save_strategy", lambda v, s: v not in ("steps", "epoch"), "would leave nothing to resume from; steps"),
-    ("torch_compile_backend torch_compile_mode", lambda v, s: v and not s.torch_compile,
-     "has no effect; add `torch_compile: true`"),
+    ("torch_compile_backend torch_compile_mode", lambda v, s: v and not s.torch_compile, "is idle; set torch_compile"),
     ("discopop_tau", lambda v, s: v != 0.05 and "discopop" not in s.loss_type, "is for discopop; leave it out"),
     ("lora_dropout", lambda v, s: v and s.disable_dropout, "has no effect; add `disable_dropout: false`"),
     ("ref_model_name_or_path", lambda v, s: v and s.reference != "copy", "has no effect; add `reference: copy`"),
@@ -208,51 +196,38 @@ def say(*lines: Any) -> None:
         print(*lines, sep="\n", flush=True)
 
 
-def read_yaml(path: str | None) -> dict[str, Any]:
-    """The settings in a YAML file; what it has under `env` is put into the environment, as `trl dpo` does."""
-    try:
-        content = {**yaml.safe_load(Path(path).read_text(encoding="utf-8"))} if path else {}
-        os.environ |= {name: str(value) for name, value in content.pop("env", {}).items()}
-        return content
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path}: {error}; give a file of lines such as `beta: 0.1`") from None
-
-
 def parse_settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Constants, then the YAML file, then flags: one namespace of every field of KINDS, and all problems found."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", help="YAML file of settings, by the names below")
     file, argv = first.parse_known_args(argv)
-    block = Path(__file__).read_text(encoding="utf-8").split("end of edits")[0]
-    names = re.findall(r"^([A-Z]\w*) *[:=]", block, flags=re.M)  # misspelt ones too, to be refused like any setting
+    try:
+        in_file = {**yaml.safe_load(Path(file.config).read_text("utf-8"))} if file.config else {}
+        os.environ |= {name: str(value) for name, value in in_file.pop("env", {}).items()}  # as `trl dpo` does
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {file.config}: {error}; give a file of lines such as `beta: 0.1`") from None
+    names = re.findall(r"^([A-Z]\w*) *[:=]", Path(__file__).read_text("utf-8").split("end of edits")[0], flags=re.M)
     constants = {RENAMED.get(name, name.lower()): globals()[name] for name in names}
     parser = trl.TrlParser(KINDS, parents=[first], allow_abbrev=False, exit_on_error=False)
     parser._option_string_actions["--report_to"].nargs = "+"  # its type is a text or a list of texts
     parser.set_defaults_with_config(**OUR_DEFAULTS)
     s, problems = parser.parse_args([]), []
     parser.set_defaults_with_config(**constants)  # for --help
-    in_file = read_yaml(file.config)
-    if in_file.get("gradient_accumulation_steps"):  # a file for `trl dpo` keeps its meaning
-        constants.pop("global_batch_size", None)
+    constants |= {"global_batch_size": None} if in_file.get("gradient_accumulation_steps") else {}  # as `trl dpo`
     values = {name: json.dumps(v) if isinstance(v, dict) else v for name, v in (constants | in_file).items()}
     nulls = [name for name in values if values[name] is None and (name in OPTIONAL or vars(s).get(name, "") is None)]
-    vars(s).update({name: values.pop(name) for name in nulls})  # no flag can say it
-    # the rest as the flags that say the same, so that all layers pass the same checks
+    vars(s).update({name: values.pop(name) for name in nulls})  # no flag can say it; all else is checked as a flag
     flags = [[f"--{name}", *map(str, v)] if isinstance(v, list) else [f"--{name}={v}"] for name, v in values.items()]
-    starts = [i for i, word in enumerate(argv) if i == 0 or word.startswith("--")]
-    flags += [argv[i:j] for i, j in itertools.pairwise([*starts, len(argv)])]
+    flags += [words.split("\0") for words in re.split("\0(?=--)", "\0".join(argv)) if words]
     for words in flags:
         try:
-            unknown = parser.parse_known_args(words, s)[1]
+            if unknown := parser.parse_known_args(words, s)[1]:
+                closest = difflib.get_close_matches(words[0].partition("=")[0], vars(s), n=1, cutoff=0)[0]
+                problems.append(f"{' '.join(words)}: {unknown[0]!r} is not a setting; did you mean {closest}?")
         except argparse.ArgumentError as error:
             problems.append(str(error))
-            continue
-        if unknown:
-            closest = difflib.get_close_matches(words[0].partition("=")[0], vars(s), n=1, cutoff=0)[0]
-            problems.append(f"{' '.join(words)}: {unknown[0]!r} is not a setting; did you mean {closest}?")
     for name in ("model_name_or_path", "dataset_name", "output_dir", "ref_model_name_or_path"):
         setattr(s, name, getattr(s, name) and os.path.expanduser(getattr(s, name)))
-    del s.config
     return s, problems
 
 
@@ -280,23 +255,21 @@ def check_settings(s: argparse.Namespace) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------------- preferences
-LAYOUTS = {  # what the columns prompt, conversations, chosen and rejected hold, as far as they are there
-    "standard": {"prompt": "text", "chosen": "text", "rejected": "text"},
-    "conversational": {"prompt": "messages", "chosen": "messages", "rejected": "messages"},
+SIDES = ["prompt", "chosen", "rejected"]
+LAYOUTS = {  # what the columns of SIDES and `conversations` hold, as far as they are there
+    "standard": dict.fromkeys(SIDES, "text"), "conversational": dict.fromkeys(SIDES, "messages"),
+    "conversations": dict.fromkeys(SIDES[1:], "messages"), "transcripts": dict.fromkeys(SIDES[1:], "transcript"),
     "prompt beside conversations": {"prompt": "text", "chosen": "messages", "rejected": "messages"},
-    "conversations": {"chosen": "messages", "rejected": "messages"},
     "ShareGPT": {"conversations": "messages", "chosen": "messages", "rejected": "messages"},
-    "transcripts": {"chosen": "transcript", "rejected": "transcript"},
-}
+}  # fmt: skip
 SCORES = [("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen-rating", "rejected-rating")]
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 ROLES |= {role: role for role in ("system", "developer", "user", "assistant", "tool")}
 RAW = "{% for message in messages %}{{ message.content }}{% endfor %}"  # plain text's chat template
-PREPARED = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), datasets.List(datasets.Value("int32")))
-PREPARED |= dict.fromkeys(("pair_hash", "needed_tokens"), datasets.Value("int64"))
+PREPARED = {f"{side}_ids": datasets.List(datasets.Value("int32")) for side in SIDES}
+PREPARED |= dict.fromkeys((*SIDES, "pair_hash", "needed_tokens"), datasets.Value("int64"))  # SIDES: tokens, uncut
 PREPARED |= {"dropped": datasets.Value("string")}  # why the pair is not used, or ""
-YAML = {"sort_keys": False, "default_flow_style": None, "allow_unicode": True, "width": 10**6}  # a level below, inline
-format_report = functools.partial(yaml.safe_dump, **YAML)
+as_yaml = functools.partial(yaml.safe_dump, sort_keys=False, default_flow_style=None, allow_unicode=True, width=10**6)
 
 
 def recognise_layout(dataset, source: str) -> str:
@@ -306,10 +279,10 @@ def recognise_layout(dataset, source: str) -> str:
         cell = next(filter(None, cells), None)
         is_transcript = column != "prompt" and re.match(r"\s*Human:", str(cell))
         found[column] = "transcript" if is_transcript else names.get(type(cell), type(cell).__name__)
-    sides = {column: found[column] for column in ("prompt", "conversations", "chosen", "rejected") if column in found}
+    sides = {column: found[column] for column in ("conversations", *SIDES) if column in found}
     if sides in LAYOUTS.values():
         return next(layout for layout, kinds in LAYOUTS.items() if kinds == sides)
-    table = format_report({"columns found": found, **LAYOUTS})
+    table = as_yaml({"columns found": found, **LAYOUTS})
     raise UserError(f"{source}: the columns fit no known layout, or more than one; rename or remove some\n{table}")
 
 
@@ -332,7 +305,7 @@ def read_turns(cell, column: str, kind: str) -> list[dict]:
 
 
 def canonical_pair(row: dict, layout: str) -> tuple[list[dict], list[dict], list[dict], str]:
-    """Prompt, chosen and rejected as messages, and why the pair is dropped, or ""."""
+    """Prompt, and chosen and rejected without it, as messages; and why the pair is dropped, or ""."""
     *start, chosen, rejected = (read_turns(row.get(column), column, kind) for column, kind in LAYOUTS[layout].items())
     prompt = start[0] if start and layout != "prompt beside conversations" else []
     if not prompt:  # what both conversations begin with, up to the last turn that is not the assistant's
@@ -340,11 +313,9 @@ def canonical_pair(row: dict, layout: str) -> tuple[list[dict], list[dict], list
         while shared and shared[-1]["role"] == "assistant":
             shared.pop()
         prompt = shared if any(turn["role"] == "user" for turn in shared) else []
-    size = len(prompt)  # answers may repeat it
-    chosen, rejected = (side[size:] if side[:size] == prompt else side for side in (chosen, rejected))
+    chosen, rejected = (side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in (chosen, rejected))
     ends = [turns[-1] for turns in (prompt, chosen, rejected) if turns]
-    filled = chosen and rejected and all(turn["content"].strip() or turn.get("tool_calls") for turn in ends)
-    reasons = {"empty side": not filled,
+    reasons = {"empty side": not all([chosen, rejected, *(t["content"].strip() or t.get("tool_calls") for t in ends)]),
                "tied scores": any(row.get(a) not in (None, "") and row[a] == row.get(b) for a, b in SCORES),
                "no final assistant turn": any(turn["role"] != "assistant" for turn in ends[-2:]),
                "histories differ": not prompt}  # fmt: skip
@@ -398,7 +369,8 @@ def prepare_pair(row: dict, index: int, layout: str, tokenizer, raw: bool, max_l
         ids = [[], [], []] if reason else tokenize_pair(*pair, row, tokenizer, raw)
     except Exception as error:  # also jinja's, and whatever a template raises to refuse a conversation
         raise ValueError(f"row {index + 1}: {error}") from error  # a class of ours would not come back from a worker
-    return dict(zip(PREPARED, (*ids, *((0, 0, reason) if reason else measure_pair(*ids, max_length)))))
+    measured = (0, 0, reason) if reason else measure_pair(*ids, max_length)
+    return dict(zip(PREPARED, (*ids, *map(len, ids), *measured)))
 
 
 def prepare_split(dataset, split: str, s: argparse.Namespace, tokenizer) -> tuple:
@@ -415,27 +387,19 @@ def prepare_split(dataset, split: str, s: argparse.Namespace, tokenizer) -> tupl
     except ValueError as error:
         fix = "mend it; or start from an instruct model, or save a chat_template.jinja for it beside the tokenizer"
         raise UserError(f"{source}, {error}\n{fix}") from None
-    rows = table.select_columns("dropped").to_pandas().groupby("dropped").indices
+    counts = table.select_columns([*SIDES, "dropped"]).to_pandas()
+    rows = counts.groupby("dropped").indices
     good = rows.pop("", np.array([], int))
     report = {"layout": layout, "read": len(table), "kept": len(good)}
     report["dropped"] = {reason: len(bad) for reason, bad in rows.items()}
     report["first rows of them"] = {reason: (bad[:5] + 1).tolist() for reason, bad in rows.items()}
     if len(good) * 2 < len(table):
-        raise UserError(f"{source}: too few pairs can be used\n{format_report(report)}")
-    pairs, lengths = table.select(good).remove_columns("dropped"), token_lengths(table)
-    whole = np.stack([lengths["prompt"] + lengths[side] for side in ("chosen", "rejected")])  # (2, N) tokens
+        raise UserError(f"{source}: too few pairs can be used\n{as_yaml(report)}")
+    pairs, whole = table.select(good).remove_columns("dropped"), counts[SIDES[1:]].add(counts["prompt"], axis=0).values
     report["duplicates"] = len(pairs) - len({*pairs["pair_hash"]})
-    report["share of answers cut"] = round(float((whole[:, good] > (s.max_length or np.inf)).mean()), 4)
-    # of all that was tokenized, also of those whose prompt left no room
+    report["share of answers cut"] = round(float((whole[good] > (s.max_length or np.inf)).mean()), 4)
     report["max_length that cuts less than 1%"] = int(np.quantile(whole[whole > 0], 0.99, method="higher"))
     return pairs, report
-
-
-def token_lengths(dataset) -> dict[str, np.ndarray]:
-    """Tokens before truncation, (N,) each: of prompt, and of chosen and rejected without it. No ids are read."""
-    rows = slice(None) if dataset._indices is None else dataset._indices.column(0).to_numpy()
-    columns = {side: dataset.data.column(f"{side}_ids") for side in ("prompt", "chosen", "rejected")}
-    return {side: pc.list_value_length(column).to_numpy()[rows] for side, column in columns.items()}
 
 
 def find_bad_row(path: Path) -> str:
@@ -453,24 +417,23 @@ def find_bad_row(path: Path) -> str:
 def read_splits(s: argparse.Namespace) -> dict:
     """{split name: data set}: the one to train on and, where there is one, the one held out."""
     name, path, splits = s.dataset_name, Path(s.dataset_name), (s.dataset_train_split, s.dataset_test_split)
-    kind = path.suffix[1:].removesuffix("l")  # json reads jsonl too
-    source = {"path": kind, "data_files": name} if path.is_file() else {"path": name}
-    source |= {"keep_default_na": False} if source["path"] == "csv" else {}  # an answer "None" is text
+    kind = path.suffix[1:].removesuffix("l") if path.is_file() else None  # json reads jsonl too
+    options = {"keep_default_na": False} if kind == "csv" else {}  # an answer "None" is text
     try:
-        found = datasets.load_dataset(**source, name=s.dataset_config)
+        found = datasets.load_dataset(path=kind or name, name=s.dataset_config, data_files=kind and name, **options)
     except Exception as error:  # the network's, the hub's, arrow's, pandas'
-        reason = find_bad_row(path) or f"{type(error).__name__}: {error}"
         fix = "a hub name: check it, network and `hf auth login`; local files are jsonl, json, parquet or csv"
-        raise UserError(f"The data set {name} cannot be read: {reason}\n{fix}") from error
+        raise UserError(f"The data set {name} cannot be read: {find_bad_row(path) or repr(error)}\n{fix}") from error
     train, test = (split if split in found else f"{split}_prefs" for split in splits)  # HuggingFaceH4's names
     if train not in found or test not in {*found, "test_prefs"}:
-        fix = f"not both dataset_train_split ({splits[0]}) and dataset_test_split ({splits[1]})"
-        raise UserError(f"The data set {name} has the splits {', '.join(found)}, but {fix}")
+        raise UserError(
+            f"{name} has the splits {', '.join(found)}, but not dataset_train_split, _test_split: {splits}"
+        )
     return {split: found[split] for split in (train, test) if split in found}
 
 
 def load_preferences(s: argparse.Namespace, tokenizer) -> tuple:
-    """(train, held_out or None, report): the pairs, read, checked, tokenized to PREPARED's first five, and split."""
+    """(train, held_out or None, report): the pairs, read, checked, tokenized to the columns PREPARED, and split."""
     with trl.trainer.utils.global_then_local_main_first():  # the other processes find the main one's work in the cache
         parts = {split: prepare_split(data, split, s, tokenizer) for split, data in read_splits(s).items()}
     train, held_out, *_ = *(pairs for pairs, _ in parts.values()), None
@@ -486,11 +449,10 @@ def load_preferences(s: argparse.Namespace, tokenizer) -> tuple:
 def describe_pair(tokenizer, pair: dict, max_length: int | None) -> str:
     """One pair as the model sees it, special tokens and all; long texts are shortened in the middle."""
     lines, room = [], max_length or sys.maxsize
-    for side in ("prompt", "chosen", "rejected"):
+    for side in SIDES:
         ids = pair[f"{side}_ids"]
         text = re.sub(r"(?s)^(.{320}).+(.{160})$", r"\1 [...] \2", tokenizer.decode(ids[:room]))
-        cut = f" | {len(ids) - room} tokens cut by max_length {max_length}" * (len(ids) > room)
-        lines.append(f"{side:<9}{len(ids):>6} tokens  {text!r}{cut}")
+        lines.append(f"{side:<9}{min(len(ids), room):>6} of {len(ids)} tokens  {text!r}")
         room -= len(ids) * (side == "prompt")
     return "\n".join(lines)
 
@@ -893,35 +855,32 @@ def measure_model(s, start, shared: int, padded: int) -> tuple[int, int, dict[st
         model = transformers.AutoModelForCausalLM.from_config(start.config, dtype=dtype)
         reason = why_not_shared(model, s)
         lora = peft.PeftConfig.from_pretrained(start.adapter) if start.continues else trl.get_peft_config(s)
-        lora.inference_mode = False  # a starting adapter is trained on
-        model = peft.get_peft_model(model, lora)
+        model = peft.get_peft_model(model, replace(lora, inference_mode=False))  # a starting adapter is trained on
     trained, total = model.get_nb_trainable_parameters()
-    whole = dtype.itemsize  # bytes a weight; 0.516: NF4 with doubly packed scales
-    packed = 0.516 if s.load_in_4bit else 1 if s.load_in_8bit else whole
-    frozen = sum(weight.numel() * (whole if weight.ndim != 2 or re.search("embed|lm_head", name) else packed)
-                 for name, weight in model.named_parameters() if not weight.requires_grad)  # fmt: skip
+    packed = 0.516 if s.load_in_4bit else 1 if s.load_in_8bit else dtype.itemsize  # bytes; NF4 with packed scales
+    frozen = sum(w.numel() * (dtype.itemsize if w.ndim != 2 or re.search("embed|lm_head", name) else packed)
+                 for name, w in model.named_parameters() if not w.requires_grad)  # fmt: skip
     # values that a layer keeps for its backward pass, per token: counted in Qwen3's, in bf16 with LoRA
     layer = 12 * config.hidden_size + 4 * getattr(config, "intermediate_size", 4 * config.hidden_size)
     kept = config.num_hidden_layers * (config.hidden_size if s.gradient_checkpointing else layer) + 2 * layer
     sizes = {"weights": frozen, "gradients": 4 * trained, "adapter": 4 * trained,
              "optimizer": trained * (2 if "8bit" in str(s.optim) else 8),
              "reference": {"copy": frozen, "adapter": 4 * trained}.get(start.reference, 0),
-             "activations (an estimate)": (padded if reason else shared) * kept * whole}  # fmt: skip
+             "activations (an estimate)": (padded if reason else shared) * kept * dtype.itemsize}  # fmt: skip
     return total, trained, {name: size / 2**30 for name, size in sizes.items()}, reason
 
 
 def make_plan(s, args, start, train, held_out) -> list[str]:
-    """What will happen, every derived number included; the last four lines in a dry run only. No weights are read."""
-    lengths, needed, size = token_lengths(train), np.sort(train["needed_tokens"]), s.per_device_train_batch_size
+    """What will happen, every derived number included; the last three lines in a dry run only. No weights are read."""
+    needed, size = np.sort(train["needed_tokens"]), s.per_device_train_batch_size
+    lengths = {side: np.array(train[side]) for side in SIDES}
     longest = (lengths["prompt"] + np.maximum(lengths["chosen"], lengths["rejected"])).clip(max=s.max_length)
     batches = np.maximum.reduceat(np.random.default_rng(s.seed).permutation(longest), range(0, len(longest), size))
     padded = 2 * len(longest) * batches.mean()
     total, trained, gib, reason = measure_model(s, start, int(needed[-size:].sum()), int(2 * size * longest.max()))
-    terms = zip(s.loss_weights or [1] * len(s.loss_type), s.loss_type)
-    goal = " + ".join(f"{weight:g} x {name} ({OBJECTIVES[name]})" for weight, name in terms).removeprefix("1 x ")
+    goal = " + ".join(f"{w:g} x {name}" for w, name in zip(s.loss_weights or [1] * len(s.loss_type), s.loss_type))
     spread = {side: np.quantile(counts, [0.05, 0.5, 0.95, 1]).astype(int).tolist() for side, counts in lengths.items()}
-    disk = gib["adapter"] * (3 * (s.save_total_limit or 1) + 1) + gib["weights"] * (s.merge + s.fresh_adapter)
-    lines = f"""\
+    text = f"""\
     policy  {s.model_name_or_path}, {total:,} weights in {s.dtype}{", 4-bit" * s.load_in_4bit}, {trained:,} trainable
  reference  {start.told}
  objective  {goal}, beta {s.beta:g}
@@ -933,9 +892,8 @@ x {args.world_size} process{"es" * (args.world_size > 1)} on {args.device}
     output  {s.output_dir}
     tokens  5%, median, 95%, longest: {", ".join(f"{side} {counts}" for side, counts in spread.items())}
  per epoch  {needed.sum():,} tokens with shared prefixes, {padded:,.0f} in padded rows ({padded / needed.sum():.2f} x)
-    memory  {", ".join(f"{name} {part:.2f}" for name, part in gib.items())}: {sum(gib.values()):.2f} GiB
-      disk  {disk:.2f} GiB in {s.output_dir}""".splitlines()
-    return lines if s.dry_run else lines[:8]
+    memory  {", ".join(f"{name} {part:.2f}" for name, part in gib.items())}: {sum(gib.values()):.2f} GiB"""
+    return text.splitlines()[: None if s.dry_run else 8]
 
 
 # ------------------------------------------------------------------------------------------------------------- insight
@@ -1095,8 +1053,8 @@ def show_samples(trainer: PreferenceTrainer, s: argparse.Namespace, report: Repo
             tokens += len(a), len(b)
     write_file(Path(s.output_dir, "samples.md"), "".join(samples))
     say("", *samples[1:4])
-    asked = token_lengths(trainer.train_dataset)
-    expected = tokens[0] * max(1, asked["chosen"].sum() / asked["rejected"].sum())
+    asked = {side: sum(trainer.train_dataset[side]) for side in SIDES}
+    expected = tokens[0] * max(1, asked["chosen"] / asked["rejected"])
     advise(trainer.state.log_history, s, report.advice, tokens[1] / expected)
 
 
@@ -1143,7 +1101,7 @@ def write_file(path: Path, text: str) -> None:
 
 def settings_yaml(s: argparse.Namespace) -> str:
     """What makes the run what it is, a line each: versions, pairs, sharding, settings. `--config` repeats it."""
-    left_out = ("planned_steps", "pairs", "gradient_accumulation_steps", "overwrite", "dry_run")
+    left_out = ("config", "planned_steps", "pairs", "gradient_accumulation_steps", "overwrite", "dry_run")
     values = {name: value for name, value in vars(s).items() if name not in left_out and value != []}
     packages = (torch, transformers, trl, peft, datasets, accelerate)
     made = ", ".join(f"{package.__name__} {package.__version__}" for package in packages)
@@ -1289,7 +1247,7 @@ def prepare(s: argparse.Namespace) -> tuple:
             vars(args).update({f"{kind}_strategy": "steps", f"{kind}_steps": epoch})
     args.eval_strategy = args.eval_strategy if held_out is not None else "no"
     shown = [describe_pair(start.tokenizer, train[0], s.max_length)] if s.dry_run else []
-    say(format_report(counts), *make_plan(s, args, start, train, held_out), *shown)
+    say(as_yaml(counts), *make_plan(s, args, start, train, held_out), *shown)
     return args, start, train, held_out
 
 
