@@ -218,7 +218,7 @@ def parse_settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     nulls = [name for name in values if values[name] is None and (name in OPTIONAL or vars(s).get(name, "") is None)]
     vars(s).update({name: values.pop(name) for name in nulls})  # no flag can say it; all else is checked as a flag
     flags = [[f"--{name}", *map(str, v)] if isinstance(v, list) else [f"--{name}={v}"] for name, v in values.items()]
-    flags += [words.split("\0") for words in re.split("\0(?=--)", "\0".join(argv)) if words]
+    flags += [words.split("\0") for words in re.split("\0(?=--)", "\0".join(argv)) if words]  # each with its values
     for words in flags:
         try:
             if unknown := parser.parse_known_args(words, s)[1]:
@@ -267,7 +267,7 @@ ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 ROLES |= {role: role for role in ("system", "developer", "user", "assistant", "tool")}
 RAW = "{% for message in messages %}{{ message.content }}{% endfor %}"  # plain text's chat template
 PREPARED = {f"{side}_ids": datasets.List(datasets.Value("int32")) for side in SIDES}
-PREPARED |= dict.fromkeys((*SIDES, "pair_hash", "needed_tokens"), datasets.Value("int64"))  # SIDES: tokens, uncut
+PREPARED |= dict.fromkeys((*SIDES, "pair_hash", "needed_tokens"), datasets.Value("int64"))  # SIDES: uncut tokens
 PREPARED |= {"dropped": datasets.Value("string")}  # why the pair is not used, or ""
 as_yaml = functools.partial(yaml.safe_dump, sort_keys=False, default_flow_style=None, allow_unicode=True, width=10**6)
 
@@ -288,20 +288,19 @@ def recognise_layout(dataset, source: str) -> str:
 
 def read_turns(cell, column: str, kind: str) -> list[dict]:
     r"""[{role, content, ...}] from such a list, {from, value}, "\n\nHuman: ...\n\nAssistant: ...", or a text."""
-    turns, names = cell if isinstance(cell, list) else [cell], {"from": "role", "value": "content"}
+    turns, names = [*cell] if isinstance(cell, list) else [cell], {"from": "role", "value": "content"}
     if kind == "text":
         turns = [{"role": "user" if column == "prompt" else "assistant", "content": cell}]
     elif kind == "transcript":
         parts = re.split(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):", str(cell))
         turns = [{"role": name, "content": said.strip()} for name, said in zip(parts[1::2], parts[2::2])]
-    messages = []
-    for turn in turns:
+    for i, turn in enumerate(turns):
         turn = {names.get(key, key): turn[key] for key in turn} if isinstance(turn, dict) else {}
         role, content = ROLES.get(str(turn.get("role")).lower()), "" if "tool_calls" in turn else None
-        messages.append({"content": content} | turn | {"role": role})
-        if role is None or not isinstance(messages[-1]["content"], str):
+        turns[i] = {"content": content} | turn | {"role": role}
+        if role is None or not isinstance(turns[i]["content"], str):
             raise ValueError(f"{column} holds {str(cell)[:200]}, not {kind} (roles: {', '.join(ROLES)})")
-    return messages
+    return turns
 
 
 def canonical_pair(row: dict, layout: str) -> tuple[list[dict], list[dict], list[dict], str]:
@@ -883,7 +882,8 @@ def make_plan(s, args, start, train, held_out) -> list[str]:
     text = f"""\
     policy  {s.model_name_or_path}, {total:,} weights in {s.dtype}{", 4-bit" * s.load_in_4bit}, {trained:,} trainable
  reference  {start.told}
- objective  {goal}, beta {s.beta:g}
+ objective  {goal}, beta {s.beta:g}\
+{", label_smoothing 0, where robust equals sigmoid" * ("robust" in s.loss_type and not s.label_smoothing)}
      pairs  {len(train):,} to train, {len(held_out or []):,} held out, max_length {s.max_length}
      batch  {s.global_batch_size} pairs = {size} per device x {s.gradient_accumulation_steps} accumulation \
 x {args.world_size} process{"es" * (args.world_size > 1)} on {args.device}
