@@ -23,7 +23,6 @@ import difflib
 import functools
 import hashlib
 import inspect
-import itertools
 import json
 import math
 import os
@@ -43,7 +42,6 @@ import datasets
 import numpy as np
 import pandas as pd
 import peft
-import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 import transformers
@@ -88,12 +86,12 @@ LOGGING_STEPS = 10  # optimizer steps between log lines
 SEED = 42  # of adapter, order and held-out pairs
 # -------------------------------------------------------------------------------------------------------- end of edits
 
-# A constant is the setting of the same name in lower case, but for these.
+# A constant is the setting of the same name in lower case, but for these; a misspelt one is refused.
 RENAMED = {"MODEL_NAME": "model_name_or_path", "PER_DEVICE_BATCH_SIZE": "per_device_train_batch_size"}
 OUR_DEFAULTS = {  # where a good run differs from TRL's defaults
     "use_peft": True, "lora_target_modules": "all-linear", "use_bnb_nested_quant": True,
-    "eval_strategy": "steps", "save_total_limit": 2, "logging_first_step": True,
-    "gradient_accumulation_steps": None, "per_device_eval_batch_size": None,  # check_batch derives them
+    "eval_strategy": "steps", "save_total_limit": 2, "logging_first_step": True, "eval_delay": 0.0,
+    "gradient_accumulation_steps": None, "per_device_eval_batch_size": None,  # check_settings derives them
     "logging_nan_inf_filter": False,  # it would hide a loss that is not finite; we stop at one
     "ddp_find_unused_parameters": False,  # every adapter weight gets a gradient
     "ddp_timeout": 7200,  # seconds: a slow first tokenization must not trip the processes that wait for it
@@ -132,22 +130,24 @@ OBJECTIVES = {  # loss_type: what it does to the margin or the rewards, and wher
     "apo_zero": "chosen up, rejected down, APO (arXiv 2408.06266)", "sft": "cross-entropy of chosen",
     "sigmoid_norm": "logistic loss per token (arXiv 2405.14734)",
 }
-RANGES = {  # where a number must lie: settings
-    pd.Interval(0, math.inf, "neither"): "beta learning_rate num_train_epochs logging_steps eval_steps save_steps",
-    pd.Interval(1, math.inf, "left"): "global_batch_size per_device_train_batch_size per_device_eval_batch_size "
-                                      "gradient_accumulation_steps lora_r lora_alpha max_length",
-    pd.Interval(0, math.inf, "left"): "eval_pairs sample_prompts warmup_steps max_grad_norm seed",
-    pd.Interval(0, 0.5, "left"): "label_smoothing", pd.Interval(0, 1, "left"): "lora_dropout",
-    pd.Interval(2, math.inf, "left"): "save_total_limit",  # the older goes before the new one is known to be whole
-}
-FIXED = {  # only value: settings; with another they are ignored, run an author's code, or break what is promised
-    False: "auto_find_batch_size dataset_streaming padding_free push_to_hub save_only_model sync_ref_model "
-           "trust_remote_code use_liger_kernel",
-    None: "hub_token model_init_kwargs resume_from_checkpoint",
-    True: "use_peft eval_do_concat_batches", "random": "train_sampling_strategy", "keep_start": "truncation_mode",
-}
-PATHS = ("model_name_or_path", "dataset_name", "output_dir", "ref_model_name_or_path")
-RULES = (  # setting, when its value v is wrong beside all settings s, why, and what to do
+RULES = (  # settings; when the value v of one is wrong beside all settings s; why, and what to do
+    ("beta learning_rate num_train_epochs logging_steps eval_steps save_steps",
+     lambda v, s: v is not None and not 0 < v < math.inf, "must be > 0"),
+    ("global_batch_size per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r "
+     "lora_alpha max_length", lambda v, s: v is not None and v < 1, "must be >= 1"),
+    ("eval_pairs sample_prompts warmup_steps max_grad_norm seed data_seed",
+     lambda v, s: v is not None and not 0 <= v < math.inf, "must be >= 0"),
+    ("max_steps", lambda v, s: v == 0, "would train one step; -1 trains whole epochs"),
+    ("label_smoothing", lambda v, s: not 0 <= v < 0.5, "must lie in [0, 0.5)"),
+    ("lora_dropout", lambda v, s: not 0 <= v < 1, "must lie in [0, 1)"),
+    ("save_total_limit", lambda v, s: v is not None and v < 2, "must be >= 2: the newest may be half written"),
+    ("accelerator_config auto_find_batch_size batch_eval_metrics dataloader_drop_last dataset_streaming hub_token "
+     "enable_jit_checkpoint eval_use_gather_object ignore_data_skip load_best_model_at_end model_init_kwargs "
+     "padding_free push_to_hub resume_from_checkpoint save_only_model sync_ref_model trust_remote_code "
+     "use_liger_kernel", lambda v, s: v,
+     "is ignored, runs an author's code, or breaks what is promised; leave it out"),
+    ("use_peft eval_do_concat_batches train_sampling_strategy truncation_mode",
+     lambda v, s: v not in (True, "random", "keep_start"), "would break what is promised; leave it out"),
     ("loss_type", lambda v, s: {*v} - {*OBJECTIVES}, f"is unknown; one of {', '.join(OBJECTIVES)}"),
     ("loss_weights", lambda v, s: v and (len(v) != len(s.loss_type) or not np.isfinite(v).all()),
      "must be one number for each loss_type; mend the list"),
@@ -155,21 +155,23 @@ RULES = (  # setting, when its value v is wrong beside all settings s, why, and 
      "is for robust, exo_pair, aot and aot_unpaired; leave it out"),
     ("label_smoothing", lambda v, s: not v and "exo_pair" in s.loss_type, "must be above 0 for exo_pair; 1e-3"),
     ("save_strategy", lambda v, s: v not in ("steps", "epoch"), "would leave nothing to resume from; steps"),
-    *((f"torch_compile_{part}", lambda v, s: v and not s.torch_compile, "has no effect; add `torch_compile: true`")
-      for part in ("backend", "mode")),
+    ("torch_compile_backend torch_compile_mode", lambda v, s: v and not s.torch_compile, "is idle; set torch_compile"),
     ("discopop_tau", lambda v, s: v != 0.05 and "discopop" not in s.loss_type, "is for discopop; leave it out"),
     ("lora_dropout", lambda v, s: v and s.disable_dropout, "has no effect; add `disable_dropout: false`"),
     ("ref_model_name_or_path", lambda v, s: v and s.reference != "copy", "has no effect; add `reference: copy`"),
     ("reference", lambda v, s: v == "adapter" and s.fresh_adapter, "copies what fresh_adapter merges; auto"),
-    *((name, lambda v, s: v and (is_sharded() or s.fsdp or s.deepspeed), "needs a model in one piece; leave it out")
-      for name in ("precompute_ref_log_probs", "merge")),
+    ("precompute_ref_log_probs merge", lambda v, s: v and (is_sharded() or s.fsdp or s.deepspeed),
+     "needs a model in one piece; leave it out"),
     ("fresh_adapter", lambda v, s: v and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3",
      "cannot be merged while ZeRO-3 shards its base; use fsdp2.yaml, or merge it first"),
     ("merge", lambda v, s: v and (s.load_in_4bit or s.load_in_8bit), "needs a bf16 base; README, 'Merging', says how"),
-    *((name, lambda v, s: not v, "is empty; give a value") for name in (*PATHS[:3], "dtype")),
-    *((name, lambda v, s: re.search(r"^[./~]|/.*/|\.(jsonl?|parquet|csv)$", v or "") and not os.path.exists(v),
-       "there is no such file or folder; check the path") for name in PATHS if name != "output_dir"),
-    ("output_dir", lambda v, s: v and not can_write(v), "is not a folder that can be written; choose another"),
+    ("model_name_or_path dataset_name output_dir dtype", lambda v, s: not v, "is empty; give a value"),
+    ("model_name_or_path dataset_name ref_model_name_or_path",
+     lambda v, s: re.search(r"^[./~]|/.*/|\.(jsonl?|parquet|csv)$", v or "") and not os.path.exists(v),
+     "there is no such file or folder; check the path"),
+    ("output_dir", lambda v, s: v and not os.access(  # with a slash, a file is refused
+        f"{next(filter(os.path.exists, [v, *Path(v).absolute().parents]))}/", os.W_OK | os.X_OK),
+     "is not a folder that can be written; choose another"),
 )
 MACHINE_RULES = (  # the same, of what the machine must have
     ("use_cpu", lambda v, s: not v and not torch.cuda.is_available(),
@@ -180,9 +182,8 @@ MACHINE_RULES = (  # the same, of what the machine must have
      "needs an Ampere GPU (2020) or newer; `--bf16 false --fp16 true --dtype float16`"),  # False: not by emulation
     ("report_to", lambda v, s: v and not all(name in ("all", "none") or find_spec(name) for name in np.atleast_1d(v)),
      "is not installed; `pip install tensorboard`, `pip install wandb` or `pip install trackio`"),
-    *((name, lambda v, s: re.search("True|bnb|paged|lion|ademamix|adamw_8bit", str(v))
-       and not find_spec("bitsandbytes"), "needs bitsandbytes; `pip install bitsandbytes`")
-      for name in ("load_in_4bit", "load_in_8bit", "optim")),
+    ("load_in_4bit load_in_8bit optim", lambda v, s: re.search("True|bnb|paged|lion|ademamix|adamw_8bit", str(v))
+     and not find_spec("bitsandbytes"), "needs bitsandbytes; `pip install bitsandbytes`"),
 )
 # fmt: on
 
@@ -208,114 +209,81 @@ def say(*lines: Any) -> None:
         print(*lines, sep="\n", flush=True)
 
 
-def can_write(folder: str) -> bool:
-    there = next(path for path in Path(folder, "new").absolute().parents if path.exists())
-    return os.access(f"{there}/", os.W_OK | os.X_OK)  # with a slash, a file is refused
-
-
-def read_yaml(path: str | None) -> dict[str, Any]:
-    """The settings in a YAML file; what it has under `env` is put into the environment, as `trl dpo` does."""
-    try:
-        content = {**yaml.safe_load(Path(path).read_text(encoding="utf-8"))} if path else {}
-        os.environ |= {name: str(value) for name, value in content.pop("env", {}).items()}
-        return content
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        why = " ".join(str(error).split())
-        raise UserError(f"--config {path}: {why}; give a file of lines such as `beta: 0.1`") from None
-
-
-def as_flags(settings: dict[str, Any]) -> list[list[str]]:
-    """A mapping as the flags that say the same, [["--beta=0.1"], ...], so that all layers pass the same checks."""
-    texts = {name: json.dumps(v) if isinstance(v, dict) else v for name, v in settings.items()}
-    return [[f"--{name}", *map(str, v)] if isinstance(v, list) else [f"--{name}={v}"] for name, v in texts.items()]
-
-
 def parse_settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Constants, then the YAML file, then flags: one namespace of every field of KINDS, and all problems found."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", help="YAML file of settings, by the names below")
     file, argv = first.parse_known_args(argv)
-    block = Path(__file__).read_text(encoding="utf-8").split("end of edits")[0]
-    names = re.findall(r"^([A-Z]\w*) *[:=]", block, flags=re.M)  # misspelt ones too, to be refused like any setting
+    try:
+        in_file = {**yaml.safe_load(Path(file.config).read_text("utf-8"))} if file.config else {}
+        os.environ |= {name: str(value) for name, value in in_file.pop("env", {}).items()}  # as `trl dpo` does
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"--config {file.config}: {why}; give a file of lines such as `beta: 0.1`") from None
+    names = re.findall(r"^([A-Z]\w*) *[:=]", Path(__file__).read_text("utf-8").split("end of edits")[0], flags=re.M)
     constants = {RENAMED.get(name, name.lower()): globals()[name] for name in names}
     parser = trl.TrlParser(KINDS, parents=[first], allow_abbrev=False, exit_on_error=False)
     parser._option_string_actions["--report_to"].nargs = "+"  # its type is a text or a list of texts
     parser.set_defaults_with_config(**OUR_DEFAULTS)
     s, problems = parser.parse_args([]), []
     parser.set_defaults_with_config(**constants)  # for --help
-    in_file = read_yaml(file.config)
-    if in_file.get("gradient_accumulation_steps"):  # a file for `trl dpo` keeps its meaning
-        constants.pop("global_batch_size", None)
-    values = constants | in_file
+    constants |= {"global_batch_size": None} if in_file.get("gradient_accumulation_steps") else {}  # as `trl dpo`
+    values = {name: json.dumps(v) if isinstance(v, dict) else v for name, v in (constants | in_file).items()}
     nulls = [name for name in values if values[name] is None and (name in OPTIONAL or vars(s).get(name, "") is None)]
-    vars(s).update({name: values.pop(name) for name in nulls})  # no flag can say it
-    starts = [i for i, word in enumerate(argv) if i == 0 or word.startswith("--")]
-    flags = [argv[i:j] for i, j in itertools.pairwise([*starts, len(argv)])]
-    for words in as_flags(values) + flags:
+    vars(s).update({name: values.pop(name) for name in nulls})  # no flag can say it; all else is checked as a flag
+    flags = [[f"--{name}", *map(str, v)] if isinstance(v, list) else [f"--{name}={v}"] for name, v in values.items()]
+    flags += [words.split("\0") for words in re.split("\0(?=--)", "\0".join(argv)) if words]  # each with its values
+    for words in flags:
         try:
-            unknown = parser.parse_known_args(words, s)[1]
+            if unknown := parser.parse_known_args(words, s)[1]:
+                closest = difflib.get_close_matches(words[0].partition("=")[0], vars(s), n=1, cutoff=0)[0]
+                problems.append(f"{' '.join(words)}: {unknown[0]!r} is not a setting; did you mean {closest}?")
         except argparse.ArgumentError as error:
             problems.append(str(error))
-            continue
-        if unknown:
-            closest = difflib.get_close_matches(words[0].partition("=")[0], vars(s), n=1, cutoff=0)[0]
-            problems.append(f"{' '.join(words)}: {unknown[0]!r} is not a setting; did you mean {closest}?")
-    for name in PATHS:
+    for name in ("model_name_or_path", "dataset_name", "output_dir", "ref_model_name_or_path"):
         setattr(s, name, getattr(s, name) and os.path.expanduser(getattr(s, name)))
-    del s.config
     return s, problems
 
 
-def check_batch(s: argparse.Namespace) -> list[str]:
-    """Derive gradient accumulation from global_batch_size, or say which batches per device would divide it."""
-    size, passes, world = s.per_device_train_batch_size, s.gradient_accumulation_steps, int(os.getenv("WORLD_SIZE", 1))
-    s.per_device_eval_batch_size = s.per_device_eval_batch_size or size
-    s.global_batch_size = s.global_batch_size or size * (passes or 1) * world
-    s.gradient_accumulation_steps = passes or s.global_batch_size // (size * world)
-    if s.global_batch_size == size * s.gradient_accumulation_steps * world:
-        return []
-    sizes = [n for n in range(1, 1000) if s.global_batch_size % (n * world) == 0]
-    fix = f"one of {sizes} per device" if sizes else f"a multiple of {world}"
-    made = f"{size} per device x {passes or 'any'} accumulation x {world} processes"
-    return [f"global_batch_size={s.global_batch_size}: is not {made}; leave accumulation out, and take {fix}"]
-
-
 def find_broken(s: argparse.Namespace, rules: tuple) -> list[str]:
-    return [f"{name}={getattr(s, name)}: {text}" for name, is_wrong, text in rules if is_wrong(getattr(s, name), s)]
+    shown = vars(s) | {"hub_token": "..."}
+    return [f"{name}={shown[name]}: {text}" for names, is_wrong, text in rules for name in names.split()
+            if is_wrong(getattr(s, name), s)]  # fmt: skip
 
 
 def check_settings(s: argparse.Namespace) -> list[str]:
-    """Everything that is wrong with the settings, each with its fix, before anything is downloaded or written."""
-    found = vars(s)
-    problems = [f"{name}={found[name]}: must lie in {right}" for right, names in RANGES.items()
-                for name in names.split() if found[name] is not None and found[name] not in right]  # fmt: skip
-    problems += check_batch(s) if not problems else []
-    problems += [f"{name}: must be {value}, or the batch, evaluation, resume or safety promised is lost; leave it out"
-                 for value, names in FIXED.items() for name in names.split() if found[name] != value]  # fmt: skip
-    problems += find_broken(s, RULES)
+    """Derive the batch; all that is wrong, each with its fix, before anything is downloaded or written."""
+    problems, world = find_broken(s, RULES), int(os.getenv("WORLD_SIZE", 1))
+    size, passes = max(1, s.per_device_train_batch_size), s.gradient_accumulation_steps
+    s.per_device_eval_batch_size = s.per_device_eval_batch_size or size
+    s.global_batch_size = s.global_batch_size or size * (passes or 1) * world
+    s.gradient_accumulation_steps = passes or s.global_batch_size // (size * world)
+    if s.global_batch_size != size * s.gradient_accumulation_steps * world:
+        sizes = [n for n in range(1, 1000) if s.global_batch_size % (n * world) == 0]
+        made = f"{size} per device x {passes or 'any'} accumulation x {world} processes"
+        fix = f"leave accumulation out, and take one of {sizes} per device, or a multiple of {world}"
+        problems.append(f"global_batch_size={s.global_batch_size}: is not {made}; {fix}")
     if not problems:
         trl.ModelConfig.__post_init__(s)  # a single one of lora_target_modules may be a pattern, or "all-linear"
     return problems
 
 
 # --------------------------------------------------------------------------------------------------------- preferences
-LAYOUTS = {  # what the columns prompt, conversations, chosen and rejected hold, as far as they are there
-    "standard": {"prompt": "text", "chosen": "text", "rejected": "text"},
-    "conversational": {"prompt": "messages", "chosen": "messages", "rejected": "messages"},
+SIDES = ["prompt", "chosen", "rejected"]
+LAYOUTS = {  # what the columns of SIDES and `conversations` hold, as far as they are there
+    "standard": dict.fromkeys(SIDES, "text"), "conversational": dict.fromkeys(SIDES, "messages"),
+    "conversations": dict.fromkeys(SIDES[1:], "messages"), "transcripts": dict.fromkeys(SIDES[1:], "transcript"),
     "prompt beside conversations": {"prompt": "text", "chosen": "messages", "rejected": "messages"},
-    "conversations": {"chosen": "messages", "rejected": "messages"},
     "ShareGPT": {"conversations": "messages", "chosen": "messages", "rejected": "messages"},
-    "transcripts": {"chosen": "transcript", "rejected": "transcript"},
-}
+}  # fmt: skip
 SCORES = [("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen-rating", "rejected-rating")]
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 ROLES |= {role: role for role in ("system", "developer", "user", "assistant", "tool")}
 RAW = "{% for message in messages %}{{ message.content }}{% endfor %}"  # plain text's chat template
-PREPARED = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), datasets.List(datasets.Value("int32")))
-PREPARED |= dict.fromkeys(("pair_hash", "needed_tokens"), datasets.Value("int64"))
+PREPARED = {f"{side}_ids": datasets.List(datasets.Value("int32")) for side in SIDES}
+PREPARED |= dict.fromkeys((*SIDES, "pair_hash", "needed_tokens"), datasets.Value("int64"))  # SIDES: uncut tokens
 PREPARED |= {"dropped": datasets.Value("string")}  # why the pair is not used, or ""
-YAML = {"sort_keys": False, "default_flow_style": None, "allow_unicode": True, "width": 10**6}  # a level below, inline
-format_report = functools.partial(yaml.safe_dump, **YAML)
+as_yaml = functools.partial(yaml.safe_dump, sort_keys=False, default_flow_style=None, allow_unicode=True, width=10**6)
 
 
 def recognise_layout(dataset, source: str) -> str:
@@ -323,50 +291,48 @@ def recognise_layout(dataset, source: str) -> str:
     found, names = {}, {str: "text", list: "messages", dict: "messages"}
     for column, cells in dataset[:100].items():
         cell = next(filter(None, cells), None)
-        is_transcript = column != "prompt" and re.match(r"\s*Human:", str(cell))
-        found[column] = "transcript" if is_transcript else names.get(type(cell), type(cell).__name__)
-    sides = {column: found[column] for column in ("prompt", "conversations", "chosen", "rejected") if column in found}
+        found[column] = names.get(type(cell), type(cell).__name__)
+        if isinstance(cell, str) and (special := re.match(r"\s*(Human:|\[\s*\{)", cell)) and column != "prompt":
+            found[column] = "transcript" if special[1] == "Human:" else "JSON in a text: parse it"
+    sides = {column: found[column] for column in ("conversations", *SIDES) if column in found}
     if sides in LAYOUTS.values():
         return next(layout for layout, kinds in LAYOUTS.items() if kinds == sides)
-    table = format_report({"columns found": found, **LAYOUTS})
+    table = as_yaml({"columns found": found, **LAYOUTS})
     raise UserError(f"{source}: the columns fit no known layout, or more than one; rename or remove some\n{table}")
 
 
 def read_turns(cell, column: str, kind: str) -> list[dict]:
     r"""[{role, content, ...}] from such a list, {from, value}, "\n\nHuman: ...\n\nAssistant: ...", or a text."""
-    turns, names = cell if isinstance(cell, list) else [cell], {"from": "role", "value": "content"}
+    turns, names = [*cell] if isinstance(cell, list) else [cell], {"from": "role", "value": "content"}
     if kind == "text":
         turns = [{"role": "user" if column == "prompt" else "assistant", "content": cell}]
     elif kind == "transcript":
         parts = re.split(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):", str(cell))
         turns = [{"role": name, "content": said.strip()} for name, said in zip(parts[1::2], parts[2::2])]
-    messages = []
-    for turn in turns:
+    for i, turn in enumerate(turns):
         turn = {names.get(key, key): turn[key] for key in turn} if isinstance(turn, dict) else {}
-        turn = {"content": "" if "tool_calls" in turn else None} | turn
-        turn["role"] = ROLES.get(str(turn.get("role")).lower())
-        if turn["role"] is None or not isinstance(turn["content"], str):
+        role, content = ROLES.get(str(turn.get("role")).lower()), "" if "tool_calls" in turn else None
+        turns[i] = {"content": content} | turn | {"role": role}
+        if role is None or not isinstance(turns[i]["content"], str):
             raise ValueError(f"{column} holds {str(cell)[:200]}, not {kind} (roles: {', '.join(ROLES)})")
-        messages.append(turn)
-    return messages
+    return turns
 
 
 def canonical_pair(row: dict, layout: str) -> tuple[list[dict], list[dict], list[dict], str]:
-    """Prompt, chosen and rejected as messages, and why the pair is dropped, or ""."""
+    """Prompt, and chosen and rejected without it, as messages; and why the pair is dropped, or ""."""
     *start, chosen, rejected = (read_turns(row.get(column), column, kind) for column, kind in LAYOUTS[layout].items())
-    prompt = start[0] if start and layout != "prompt beside conversations" else []
-    if prompt:
-        size = len(prompt)  # answers may repeat it
-        chosen, rejected = (side[size:] if side[:size] == prompt else side for side in (chosen, rejected))
-    else:  # what both conversations begin with, up to the last turn that is not the assistant's
-        size = common_prefix_length(chosen, rejected)
-        while size and chosen[size - 1]["role"] == "assistant":
-            size -= 1
-        prompt = chosen[:size] if any(turn["role"] == "user" for turn in chosen[:size]) else []
-        chosen, rejected = chosen[size:], rejected[size:]
+    alone = [
+        turns[0]["role"] == "assistant" for turns in (chosen, rejected) if turns
+    ]  # beside a text that is the prompt
+    prompt = start[0] if start and (layout != "prompt beside conversations" or all(alone)) else []
+    if not prompt:  # what both conversations begin with, up to the last turn that is not the assistant's
+        shared = chosen[: common_prefix_length(chosen, rejected)]
+        while shared and shared[-1]["role"] == "assistant":
+            shared.pop()
+        prompt = shared if any(turn["role"] == "user" for turn in shared) else []
+    chosen, rejected = (side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in (chosen, rejected))
     ends = [turns[-1] for turns in (prompt, chosen, rejected) if turns]
-    filled = chosen and rejected and all(turn["content"].strip() or turn.get("tool_calls") for turn in ends)
-    reasons = {"empty side": not filled,
+    reasons = {"empty side": not all([chosen, rejected, *(t["content"].strip() or t.get("tool_calls") for t in ends)]),
                "tied scores": any(row.get(a) not in (None, "") and row[a] == row.get(b) for a, b in SCORES),
                "no final assistant turn": any(turn["role"] != "assistant" for turn in ends[-2:]),
                "histories differ": not prompt}  # fmt: skip
@@ -375,11 +341,12 @@ def canonical_pair(row: dict, layout: str) -> tuple[list[dict], list[dict], list
 
 def tokenize_pair(prompt: list, chosen: list, rejected: list, row: dict, tokenizer, raw: bool) -> list[list[int]]:
     """Ids of the prompt, and of each answer up to its turn end or eos, from messages; raw ones without a template."""
-    tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
+    tools, more = (json.loads(cell or "null") if isinstance(cell, str) else cell
+                   for cell in map(row.get, ("tools", "chat_template_kwargs")))  # fmt: skip
     # Qwen3's empty think block belongs to the prompt unless an answer carries reasoning: the first that fits is taken
     for thinking in ({"enable_thinking": False}, {}):
         options = {"chat_template": RAW if raw else None, "tools": tools, "tokenize": False} | thinking
-        render = functools.partial(tokenizer.apply_chat_template, **options | row.get("chat_template_kwargs", {}))
+        render = functools.partial(tokenizer.apply_chat_template, **options | (more or {}))
         alone, *whole = render(prompt, add_generation_prompt=True), render(prompt + chosen), render(prompt + rejected)
         if all(text.startswith(alone) for text in whole):
             break
@@ -418,59 +385,50 @@ def prepare_pair(row: dict, index: int, layout: str, tokenizer, raw: bool, max_l
     row = trl.trainer.utils.remove_none_values(row)  # arrow gives every struct of a column the keys of all of them
     try:
         *pair, reason = canonical_pair(row, layout)
-        if reason:
-            return dict(zip(PREPARED, ([], [], [], 0, 0, reason)))
-        ids = tokenize_pair(*pair, row, tokenizer, raw)
+        ids = [[], [], []] if reason else tokenize_pair(*pair, row, tokenizer, raw)
     except Exception as error:  # also jinja's, and whatever a template raises to refuse a conversation
         raise ValueError(f"row {index + 1}: {error}") from error  # a class of ours would not come back from a worker
-    return dict(zip(PREPARED, (*ids, *measure_pair(*ids, max_length))))
+    measured = (0, 0, reason) if reason else measure_pair(*ids, max_length)
+    return dict(zip(PREPARED, (*ids, *map(len, ids), *measured)))
 
 
 def prepare_split(dataset, split: str, s: argparse.Namespace, tokenizer) -> tuple:
     """One split, tokenized and without its bad pairs; and the report on it, with row numbers from 1."""
     source = f"{s.dataset_name} ({split})"
     layout = recognise_layout(dataset, source)
-    raw = layout == "standard" and not s.chat_strings
-    if not (raw or tokenizer.chat_template):
+    read = sorted({*LAYOUTS[layout], *sum(SCORES, ()), "tools", "chat_template_kwargs"}.intersection(dataset.features))
+    if not (tokenizer.chat_template or (layout == "standard" and not s.chat_strings)):
         fix = "start from the instruct version, or save a chat_template.jinja beside the tokenizer"
         raise UserError(f"{source} needs a chat template, and the tokenizer has none; {fix}")
-    read = sorted({*LAYOUTS[layout], *sum(SCORES, ()), "tools", "chat_template_kwargs"}.intersection(dataset.features))
+    given = {"layout": layout, "tokenizer": tokenizer, "raw": layout == "standard" and not s.chat_strings}
     try:
         table = dataset.select_columns(read).map(
             prepare_pair, with_indices=True, remove_columns=read, features=datasets.Features(PREPARED),
-            fn_kwargs={"layout": layout, "tokenizer": tokenizer, "raw": raw, "max_length": s.max_length},
-            num_proc=s.dataset_num_proc or (min(8, os.cpu_count()) if len(dataset) > 5000 else None),
-            desc=f"Tokenizing {split}")  # fmt: skip
+            fn_kwargs=given | {"max_length": s.max_length}, desc=f"Tokenizing {split}",
+            num_proc=s.dataset_num_proc or (min(8, os.cpu_count()) if len(dataset) > 5000 else None))  # fmt: skip
     except ValueError as error:
         raise UserError(f"{source}, {error}") from None
-    rows = table.select_columns("dropped").to_pandas().groupby("dropped").indices
+    counts = table.select_columns([*SIDES, "dropped"]).to_pandas()
+    rows = counts.groupby("dropped").indices
     good = rows.pop("", np.array([], int))
-    report = {"layout": layout, "read": len(table), "kept": len(good)}
+    unread = sorted({*dataset.features}.difference(read))
+    report = {"layout": layout, "columns not read": unread, "read": len(table), "kept": len(good)}
     report["dropped"] = {reason: len(bad) for reason, bad in rows.items()}
     report["first rows of them"] = {reason: (bad[:5] + 1).tolist() for reason, bad in rows.items()}
     if len(good) * 2 < len(table):
-        raise UserError(f"{source}: too few pairs can be used\n{format_report(report)}")
-    pairs, lengths = table.select(good).remove_columns("dropped"), token_lengths(table)
-    whole = np.stack([lengths["prompt"] + lengths[side] for side in ("chosen", "rejected")])  # (2, N) tokens
-    tokenized = np.sort(whole[whole > 0])  # with those whose prompt left no room
+        raise UserError(f"{source}: too few pairs can be used\n{as_yaml(report)}")
+    pairs, whole = table.select(good).remove_columns("dropped"), counts[SIDES[1:]].add(counts["prompt"], axis=0).values
     report["duplicates"] = len(pairs) - len({*pairs["pair_hash"]})
-    report["share of answers cut"] = round(float((whole[:, good] > (s.max_length or np.inf)).mean()), 4)
-    report["max_length that cuts less than 1%"] = int(tokenized[-len(tokenized) // 100])
+    report["share of answers cut"] = round(float((whole[good] > (s.max_length or np.inf)).mean()), 4)
+    report["max_length that cuts less than 1%"] = int(np.quantile(whole[whole > 0], 0.99, method="higher"))
     return pairs, report
-
-
-def token_lengths(dataset) -> dict[str, np.ndarray]:
-    """Tokens before truncation, (N,) each: of prompt, and of chosen and rejected without it. No ids are read."""
-    rows = slice(None) if dataset._indices is None else dataset._indices.column(0).to_numpy()
-    columns = {side: dataset.data.column(f"{side}_ids") for side in ("prompt", "chosen", "rejected")}
-    return {side: pc.list_value_length(column).to_numpy()[rows] for side, column in columns.items()}
 
 
 def find_bad_row(path: Path) -> str:
     """Where the JSON file at `path`, or one in the folder, is broken; empty when none is."""
-    for file in [path] if path.is_file() else sorted(path.rglob("*.json*")):
+    for file in [path] if re.search(r"\.jsonl?$", path.name) else sorted(path.rglob("*.json*")):
         text = file.read_bytes()
-        for number, line in enumerate([text] if text[:1] == b"[" else text.splitlines(), 1):
+        for number, line in enumerate([text] if re.match(rb"\s*(\[|\{\s*\n)", text) else text.splitlines(), 1):
             try:
                 json.loads(line.strip() or "{}")
             except ValueError as error:
@@ -481,15 +439,15 @@ def find_bad_row(path: Path) -> str:
 def read_splits(s: argparse.Namespace) -> dict:
     """{split name: data set}: the one to train on and, where there is one, the one held out."""
     name, path, splits = s.dataset_name, Path(s.dataset_name), (s.dataset_train_split, s.dataset_test_split)
-    kind = path.suffix[1:].removesuffix("l")  # json reads jsonl too
-    source = {"path": kind, "data_files": name} if path.is_file() else {"path": name}
-    source |= {"keep_default_na": False} if source["path"] == "csv" else {}  # an answer "None" is text
+    kind = path.suffix[1:].lower().removesuffix("l") if path.is_file() else None  # json reads jsonl too
+    options = {"keep_default_na": False} if kind == "csv" or any(path.rglob("*.csv")) else {}  # "None" is text
     try:
-        found = datasets.load_dataset(**source, name=s.dataset_config)
+        found = datasets.load_dataset(path=kind or name, name=s.dataset_config, data_files=kind and name, **options)
     except Exception as error:  # the network's, the hub's, arrow's, pandas'
-        reason = find_bad_row(path) or f"{type(error).__name__}: {error}"
         fix = "a hub name: check it, network and `hf auth login`; local files are jsonl, json, parquet or csv"
-        raise UserError(f"The data set {name} cannot be read: {reason}\n{fix}") from error
+        raise UserError(
+            f"The data set {name} cannot be read: {find_bad_row(path) or repr(error.__cause__ or error)}\n{fix}"
+        ) from error
     train, test = (split if split in found else f"{split}_prefs" for split in splits)  # HuggingFaceH4's names
     if train not in found or test not in {*found, "test_prefs"}:
         fix = f"not both dataset_train_split ({splits[0]}) and dataset_test_split ({splits[1]})"
@@ -498,7 +456,7 @@ def read_splits(s: argparse.Namespace) -> dict:
 
 
 def load_preferences(s: argparse.Namespace, tokenizer) -> tuple:
-    """(train, held_out or None, report): the pairs, read, checked, tokenized to PREPARED's first five, and split."""
+    """(train, held_out or None, report): the pairs, read, checked, tokenized to the columns PREPARED, and split."""
     with trl.trainer.utils.global_then_local_main_first():  # the other processes find the main one's work in the cache
         parts = {split: prepare_split(data, split, s, tokenizer) for split, data in read_splits(s).items()}
     train, held_out, *_ = *(pairs for pairs, _ in parts.values()), None
@@ -514,7 +472,7 @@ def load_preferences(s: argparse.Namespace, tokenizer) -> tuple:
 def describe_pair(tokenizer, pair: dict, max_length: int | None) -> str:
     """One pair as the model sees it, special tokens and all; long texts are shortened in the middle."""
     lines, room = [], max_length or sys.maxsize
-    for side in ("prompt", "chosen", "rejected"):
+    for side in SIDES:
         ids = pair[f"{side}_ids"]
         text = re.sub(r"(?s)^(.{320}).+(.{160})$", r"\1 [...] \2", tokenizer.decode(ids[:room]))
         cut = f" | {len(ids) - room} tokens cut by max_length {max_length}" * (len(ids) > room)
@@ -543,6 +501,9 @@ def load_start(s: argparse.Namespace) -> argparse.Namespace:
     except (OSError, ValueError) as error:
         fix = "check its spelling and the network; a gated or private one needs `hf auth login`"
         raise UserError(f"model_name_or_path={name}: {str(error).strip().splitlines()[0]}; {fix}") from error
+    places = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
+    if (s.max_length or 0) > places:
+        raise UserError(f"max_length={s.max_length}: {name} has positions for {places} tokens; lower it")
     if not adapter and (s.reference == "adapter" or s.fresh_adapter):
         raise UserError(f"{name} is no adapter; leave `reference: adapter` and `fresh_adapter` out")
     if adapter and adapter.is_prompt_learning:
@@ -891,26 +852,25 @@ def measure_model(s, start, shared: int, padded: int) -> tuple[int, int, dict[st
         model = transformers.AutoModelForCausalLM.from_config(start.config, dtype=dtype)
         reason = why_not_shared(model, s)
         lora = peft.PeftConfig.from_pretrained(start.adapter) if start.continues else trl.get_peft_config(s)
-        lora.inference_mode = False  # a starting adapter is trained on
-        model = peft.get_peft_model(model, lora)
+        model = peft.get_peft_model(model, replace(lora, inference_mode=False))  # a starting adapter is trained on
     trained, total = model.get_nb_trainable_parameters()
-    whole = dtype.itemsize  # bytes a weight; 0.516: NF4 with doubly packed scales
-    packed = 0.516 if s.load_in_4bit else 1 if s.load_in_8bit else whole
-    frozen = sum(weight.numel() * (whole if weight.ndim != 2 or re.search("embed|lm_head", name) else packed)
-                 for name, weight in model.named_parameters() if not weight.requires_grad)  # fmt: skip
+    packed = 0.516 if s.load_in_4bit else 1 if s.load_in_8bit else dtype.itemsize  # bytes; NF4 with packed scales
+    frozen = sum(w.numel() * (dtype.itemsize if w.ndim != 2 or re.search("embed|lm_head", name) else packed)
+                 for name, w in model.named_parameters() if not w.requires_grad)  # fmt: skip
     # values that a layer keeps for its backward pass, per token: counted in Qwen3's, in bf16 with LoRA
     layer = 12 * config.hidden_size + 4 * getattr(config, "intermediate_size", 4 * config.hidden_size)
     kept = config.num_hidden_layers * (config.hidden_size if s.gradient_checkpointing else layer) + 2 * layer
     sizes = {"weights": frozen, "gradients": 4 * trained, "adapter": 4 * trained,
              "optimizer": trained * (2 if "8bit" in str(s.optim) else 8),
              "reference": {"copy": frozen, "adapter": 4 * trained}.get(start.reference, 0),
-             "activations (an estimate)": (padded if reason else shared) * kept * whole}  # fmt: skip
+             "activations (an estimate)": (padded if reason else shared) * kept * dtype.itemsize}  # fmt: skip
     return total, trained, {name: size / 2**30 for name, size in sizes.items()}, reason
 
 
 def make_plan(s, args, start, train, held_out) -> list[str]:
     """What will happen, every derived number included; the last four lines in a dry run only. No weights are read."""
-    lengths, needed, size = token_lengths(train), np.sort(train["needed_tokens"]), s.per_device_train_batch_size
+    needed, size = np.sort(train["needed_tokens"]), s.per_device_train_batch_size
+    lengths = {side: np.array(train[side]) for side in SIDES}
     longest = (lengths["prompt"] + np.maximum(lengths["chosen"], lengths["rejected"])).clip(max=s.max_length)
     batches = np.maximum.reduceat(np.random.default_rng(s.seed).permutation(longest), range(0, len(longest), size))
     padded = 2 * len(longest) * batches.mean()
@@ -919,10 +879,11 @@ def make_plan(s, args, start, train, held_out) -> list[str]:
     goal = " + ".join(f"{weight:g} x {OBJECTIVES[name]}" for weight, name in terms).removeprefix("1 x ")
     spread = {side: np.quantile(counts, [0.05, 0.5, 0.95, 1]).astype(int).tolist() for side, counts in lengths.items()}
     disk = gib["adapter"] * (3 * (s.save_total_limit or 1) + 1) + gib["weights"] * (s.merge + s.fresh_adapter)
-    lines = f"""\
+    text = f"""\
     policy  {s.model_name_or_path}, {total:,} weights in {s.dtype}{", 4-bit" * s.load_in_4bit}, {trained:,} trainable
  reference  {start.told}
- objective  {goal}, beta {s.beta:g}
+ objective  {goal}, beta {s.beta:g}\
+{", label_smoothing 0, where robust equals sigmoid" * ("robust" in s.loss_type and not s.label_smoothing)}
      pairs  {len(train):,} to train, {len(held_out or []):,} held out, max_length {s.max_length}
      batch  {s.global_batch_size} pairs = {size} per device x {s.gradient_accumulation_steps} accumulation \
 x {args.world_size} process{"es" * (args.world_size > 1)} on {args.device}
@@ -932,8 +893,8 @@ x {args.world_size} process{"es" * (args.world_size > 1)} on {args.device}
     tokens  5%, median, 95%, longest: {", ".join(f"{side} {counts}" for side, counts in spread.items())}
  per epoch  {needed.sum():,} tokens with shared prefixes, {padded:,.0f} in padded rows ({padded / needed.sum():.2f} x)
     memory  {", ".join(f"{name} {part:.2f}" for name, part in gib.items())}: {sum(gib.values()):.2f} GiB
-      disk  {disk:.2f} GiB in {s.output_dir}""".splitlines()
-    return lines if s.dry_run else lines[:8]
+      disk  {disk:.2f} GiB in {s.output_dir}"""
+    return text.splitlines()[: None if s.dry_run else 8]
 
 
 # ------------------------------------------------------------------------------------------------------------- insight
@@ -1086,8 +1047,8 @@ def show_samples(trainer: PreferenceTrainer, s: argparse.Namespace, report: Repo
                        f"**policy**, {len(b)} tokens, reward {y:.4f}{block(decode(b))}")  # fmt: skip
     write_file(Path(s.output_dir, "samples.md"), "".join(samples).encode())
     say("", *samples[1:4])
-    asked, grown = token_lengths(trainer.train_dataset), sum(map(len, after)) / sum(map(len, before))
-    asked = max(1, asked["chosen"].sum() / asked["rejected"].sum())
+    asked = max(1, sum(trainer.train_dataset["chosen"]) / sum(trainer.train_dataset["rejected"]))
+    grown = sum(map(len, after)) / sum(map(len, before))
     advise(trainer.state.log_history, s, report.advice, grown / asked)
 
 
@@ -1118,7 +1079,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 def settings_yaml(s: argparse.Namespace) -> str:
     """What makes the run what it is, a line each: versions, pairs, sharding, settings. `--config` repeats it."""
-    left_out = ("planned_steps", "pairs", "gradient_accumulation_steps", "overwrite", "dry_run")
+    left_out = ("config", "planned_steps", "pairs", "gradient_accumulation_steps", "overwrite", "dry_run")
     values = {name: value for name, value in vars(s).items() if name not in left_out and value != []}
     made = ", ".join(f"{x.__name__} {x.__version__}" for x in (torch, transformers, trl, peft, datasets, accelerate))
     sharding = [f"{name} {os.environ.get(f'ACCELERATE_USE_{name}', 'false')}" for name in ("FSDP", "DEEPSPEED")]
@@ -1273,7 +1234,7 @@ def prepare(s: argparse.Namespace) -> tuple:
             vars(args).update({f"{kind}_strategy": "steps", f"{kind}_steps": epoch})
     args.eval_strategy = args.eval_strategy if held_out is not None else "no"
     shown = [describe_pair(start.tokenizer, train[0], s.max_length)] if s.dry_run else []
-    say(format_report(counts), *make_plan(s, args, start, train, held_out), *shown)
+    say(as_yaml(counts), *make_plan(s, args, start, train, held_out), *shown)
     return args, start, train, held_out
 
 

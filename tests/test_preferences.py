@@ -30,7 +30,7 @@ QWEN3 = (files("trl") / "chat_templates" / "qwen3.jinja").read_text(encoding="ut
 WORDS = (  # Qwen's: line breaks keep together whatever follows
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids", "pair_hash", "needed_tokens"]
+COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids", "prompt", "chosen", "rejected", "pair_hash", "needed_tokens"]
 
 
 def make_tokenizer(template, **special):
@@ -242,8 +242,8 @@ def test_counts_of_all_reasons_add_up(tokenizer, tmp_path):
     assert report["dropped"] == {reason: len(rows) for reason, rows in BAD.items()}
     assert report["read"] == report["kept"] + sum(report["dropped"].values()) == len(bad) + 20
     assert (len(kept), report["duplicates"]) == (20, 2)
-    assert "empty side: [3, 4, 5, 6, 7]" in dpotrainer.format_report(report)
-    assert "你好 " * 50 + "end" in dpotrainer.format_report({"data": "你好 " * 50 + "end"})
+    assert "empty side: [3, 4, 5, 6, 7]" in dpotrainer.as_yaml(report)
+    assert "你好 " * 50 + "end" in dpotrainer.as_yaml({"data": "你好 " * 50 + "end"})
 
 
 def test_only_the_first_rows_of_many_are_named(tokenizer, tmp_path):
@@ -725,14 +725,13 @@ def test_lengths_and_needed_tokens_are_those_of_the_collated_rows(tokenizer, tmp
         assert row["needed_tokens"] == len(first) + len(second) - shared
 
 
-def test_lengths_follow_the_rows_of_a_selection(tokenizer, tmp_path):
+def test_lengths_are_those_of_the_tokens_before_they_are_cut(tokenizer, tmp_path):
     name = write(tmp_path, [pair("q " * i, "a " * (i + 1), "b " * (2 * i + 1)) for i in range(1, 30)])
-    train, held_out, _ = dpotrainer.load_preferences(options(name, eval_pairs=5), tokenizer)
-    for part in (train, held_out, train.select([3, 1]), train.shuffle(seed=1)):
-        lengths = dpotrainer.token_lengths(part)
-        assert list(lengths) == ["prompt", "chosen", "rejected"]
-        for side, values in lengths.items():
-            assert values.tolist() == [len(ids) for ids in part[f"{side}_ids"]]
+    train, held_out, _ = dpotrainer.load_preferences(options(name, eval_pairs=5, max_length=70), tokenizer)
+    assert max(train["prompt"]) + max(train["rejected"]) > 70
+    for row in (*train, *held_out):
+        for side in ("prompt", "chosen", "rejected"):
+            assert row[side] == len(row[f"{side}_ids"])
 
 
 def test_dates_and_tools_as_text_are_read(tokenizer, tmp_path):
@@ -759,8 +758,7 @@ def test_one_pair_is_shown_as_the_model_sees_it(tokenizer, tmp_path):
     (found,), _ = load(tmp_path, [pair("hi", "yes " * 300, "no")], tokenizer, max_length=100)
     prompt, chosen, rejected = dpotrainer.describe_pair(tokenizer, found, 100).splitlines()
     assert r"'<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n'" in prompt
-    cut = len(found["prompt_ids"]) + len(found["chosen_ids"]) - 100
-    assert chosen.endswith(f"' | {cut} tokens cut by max_length 100")
+    assert f" {100 - len(found['prompt_ids'])} of {len(found['chosen_ids'])} tokens " in chosen
     assert " [...] " not in chosen
     assert rejected.endswith(r"'no<|im_end|>\n'")
     whole = dpotrainer.describe_pair(tokenizer, found, None)
