@@ -227,6 +227,8 @@ def test_an_epoch_that_its_steps_do_not_divide(run, tmp_path):
     run(2, global_batch_size=12, num_train_epochs=2)
     same_trajectory(tmp_path / "out", alone)
     assert list(tiny.losses(alone)) == [1, 2, 3, 4, 5, 6]
+    tokens = [[row.get("num_tokens") for row in tiny.read_metrics(folder)] for folder in (tmp_path / "out", alone)]
+    assert tokens[0] == tokens[1], "accelerate cut the sums of a last step"
 
 
 def test_accumulation_over_two_processes(run, one, tmp_path):

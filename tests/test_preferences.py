@@ -499,6 +499,46 @@ def test_scores_of_any_type_are_compared(tokenizer, tmp_path):
     assert dropped(report["splits"]["train"]) == {"tied scores": (1, [3])}
 
 
+def test_a_folder_of_csv_files_reads_as_a_file_does(tokenizer, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.csv").write_text("prompt,chosen,rejected\nq,None,no\nq,NA,no\nq,yes,no\nq,,no\n")
+    for name in (tmp_path / "folder", tmp_path / "folder" / "a.csv"):
+        train, _, report = dpotrainer.load_preferences(options(str(name), chat_strings=True), tokenizer)
+        assert len(train) == 3 and dropped(report["splits"]["train"]) == {"empty side": (1, [4])}
+
+
+def test_files_that_are_no_json_are_not_called_broken_json(tokenizer, tmp_path):
+    (tmp_path / "a.csv").write_bytes("prompt,chosen,rejected\nq,\xe9,n\n".encode("latin-1"))
+    (tmp_path / "b.parquet").write_bytes(b"no parquet")
+    for name, said in (("a.csv", "utf-8"), ("b.parquet", "arquet")):
+        with pytest.raises(dpotrainer.UserError, match=said) as error:
+            dpotrainer.load_preferences(options(str(tmp_path / name)), tokenizer)
+        assert "row 1" not in str(error.value)
+
+
+def test_messages_written_as_json_text_are_refused(tokenizer, tmp_path):
+    rows = [{name: json.dumps(side) for name, side in pair([user("q")], "a", "b").items()}] * 4
+    assert "JSON in a text" in refused(tmp_path, rows, tokenizer)
+
+
+def test_a_text_is_the_prompt_of_answers_that_stand_alone(tokenizer, tmp_path):
+    rows = [{"prompt": f"q{i}", "chosen": [assistant("a")], "rejected": [assistant("b")]} for i in range(4)]
+    beside, report = load(tmp_path, rows, tokenizer)
+    messages, _ = load(tmp_path, [pair([user(f"q{i}")], "a", "b") for i in range(4)], tokenizer)
+    assert report["kept"] == 4 and beside == messages
+
+
+def test_columns_that_are_not_read_are_told(tokenizer, tmp_path):
+    rows = [pair([user(f"q{i}")], "a", "b", system="be brief", source="x") for i in range(4)]
+    assert load(tmp_path, rows, tokenizer)[1]["columns not read"] == ["source", "system"]
+
+
+def test_tools_and_template_arguments_may_be_texts(qwen, tmp_path):
+    row = pair([user("q")], "a", "b")
+    texts = load(tmp_path, [row | {"tools": "", "chat_template_kwargs": "{}"}] * 2, qwen)[0]
+    assert texts == load(tmp_path, [row] * 2, qwen)[0]
+
+
 def test_an_empty_csv_cell_is_an_empty_side(tokenizer, tmp_path):
     (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\nq,a,b\nq,,b\n")
     report = dpotrainer.load_preferences(options(str(tmp_path / "pairs.csv")), tokenizer)[2]
@@ -758,7 +798,8 @@ def test_one_pair_is_shown_as_the_model_sees_it(tokenizer, tmp_path):
     (found,), _ = load(tmp_path, [pair("hi", "yes " * 300, "no")], tokenizer, max_length=100)
     prompt, chosen, rejected = dpotrainer.describe_pair(tokenizer, found, 100).splitlines()
     assert r"'<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n'" in prompt
-    assert f" {100 - len(found['prompt_ids'])} of {len(found['chosen_ids'])} tokens " in chosen
+    cut = len(found["prompt_ids"]) + len(found["chosen_ids"]) - 100
+    assert chosen.endswith(f"' | {cut} tokens cut by max_length 100")
     assert " [...] " not in chosen
     assert rejected.endswith(r"'no<|im_end|>\n'")
     whole = dpotrainer.describe_pair(tokenizer, found, None)

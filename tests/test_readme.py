@@ -30,6 +30,7 @@ def test_flags_and_settings_that_the_readme_names_exist():
         "pairs",
         "tokenizer",
         "per_device",
+        "keep_memory",
     }
     flags = {name for name in re.findall(r"--(\w+)", README) if name not in of_others}
     assert {"config", "beta", "dry_run"} <= flags

@@ -406,9 +406,11 @@ def test_a_signal_saves_and_the_same_command_continues(signals, status, at, run,
     same_result(tmp_path / "out", finished[0])
 
 
-def test_a_signal_in_the_last_evaluation_is_heard(run, finished, tmp_path):
-    assert "saved at step 12" in run(functools.partial(send_in_evaluation, at=12, number=signal.SIGTERM), status=143)
-    assert not (tmp_path / "out" / "adapter_config.json").exists()
+@pytest.mark.parametrize("at", [4, 12])
+def test_a_signal_in_an_evaluation_is_heard_at_its_step(at, run, finished, tmp_path):
+    printed = run(functools.partial(send_in_evaluation, at=at, number=signal.SIGTERM), status=143)
+    assert f"saved at step {at}" in printed and not (tmp_path / "out" / "adapter_config.json").exists()
+    assert not (tmp_path / "out" / f"checkpoint-{at + 1}").exists()
     run()
     same_result(tmp_path / "out", finished[0])
 
@@ -436,6 +438,64 @@ def test_resuming_is_exact_with_dropout_accumulation_epochs_and_averaged_lines(r
     run(**settings)
     assert list(tiny.losses(whole)) == [1, 5, 10]
     same_result(tmp_path / "out", whole)
+
+
+@pytest.mark.parametrize("end", [{"max_steps": 6}, {"num_train_epochs": 0.5}], ids=str)
+def test_a_run_that_ends_within_an_epoch_trains_no_step_more_when_it_continues(end, run, tmp_path):
+    settings = {"lr_scheduler_type": "constant", **end}
+    run(**settings)
+    whole = (tmp_path / "out").rename(tmp_path / "whole")
+    run(functools.partial(send, at=6, signals=[signal.SIGTERM]), status=143, **settings)
+    run(**settings)
+    same_result(tmp_path / "out", whole)
+    assert "6 steps of" in (whole / "README.md").read_text() and not list((tmp_path / "out").glob("checkpoint-7"))
+
+
+def test_a_log_by_epochs_has_the_rewards_and_survives_an_interruption(run, tmp_path):
+    settings = {f"{kind}_strategy": "epoch" for kind in ("logging", "eval", "save")} | {"num_train_epochs": 2}
+    run(**settings)
+    whole = (tmp_path / "out").rename(tmp_path / "whole")
+    rows = [row for row in tiny.read_metrics(whole) if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 12, 24] and all("rewards/margins" in row for row in rows)
+    run(functools.partial(send, at=3, signals=[signal.SIGTERM]), status=143, **settings)
+    run(**settings)
+    same_result(tmp_path / "out", whole)
+
+
+def test_a_delayed_evaluation_by_epochs_counts_epochs(run, tmp_path):
+    run(num_train_epochs=3, eval_strategy="epoch", eval_delay=2)
+    assert [row["step"] for row in tiny.evaluations(tmp_path / "out")] == [24, 36]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_log_line_counts_steps_alike_when_the_batch_per_device_changes(size, run, tmp_path):
+    settings = {"global_batch_size": 8, "logging_steps": 3, "per_device_train_batch_size": 4}
+    run(**settings)
+    whole = (tmp_path / "out").rename(tmp_path / "whole")
+    run(functools.partial(send, at=2, signals=[signal.SIGTERM]), status=143, **settings)
+    run(**settings | {"per_device_train_batch_size": size})
+    for ours, theirs in zip(tiny.read_metrics(tmp_path / "out"), tiny.read_metrics(whole), strict=True):
+        for name in ("loss", "rewards/margins", "rewards/accuracies"):
+            assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-5), (ours["step"], name)
+
+
+def test_a_mistake_that_the_first_step_finds_is_one_message(run, tmp_path):
+    for wrong in ({"f_divergence_type": "kl"}, {"lr_scheduler_kwargs": '{"nope": 1}'}):
+        printed = run(status=2, **wrong, output_dir=str(tmp_path / f"out-{len(wrong)}"), overwrite=True)
+        assert "Traceback" not in printed and "settings: " in printed
+
+
+def test_a_dry_run_refuses_the_folder_of_another_run(inputs, finished, capsys):
+    before = tiny.tree(finished[0])
+    assert dpotrainer.main(tiny.settings(*inputs, finished[0], beta=0.2, dry_run=True)) == 2
+    assert "a run with other settings" in capsys.readouterr().err
+    assert dpotrainer.main(tiny.settings(*inputs, finished[0], dry_run=True)) == 0
+    assert tiny.tree(finished[0]) == before
+
+
+def test_the_settings_of_a_run_are_no_other_settings(finished, capsys):
+    assert dpotrainer.main(["--config", str(finished[0] / "settings.yaml")]) == 0
+    assert "nothing to do" in capsys.readouterr().out
 
 
 def send_twice(program, at, number, seconds):
