@@ -279,6 +279,7 @@ LAYOUTS = {  # what the columns of SIDES and `conversations` hold, as far as the
 SCORES = [("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen-rating", "rejected-rating")]
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 ROLES |= {role: role for role in ("system", "developer", "user", "assistant", "tool")}
+CODED = r"""\s*(Human:|\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:)"""  # how a text with turns in it begins
 RAW = "{% for message in messages %}{{ message.content }}{% endfor %}"  # plain text's chat template
 PREPARED = {f"{side}_ids": datasets.List(datasets.Value("int32")) for side in SIDES}
 PREPARED |= dict.fromkeys((*SIDES, "pair_hash", "needed_tokens"), datasets.Value("int64"))  # SIDES: uncut tokens
@@ -292,7 +293,7 @@ def recognise_layout(dataset, source: str) -> str:
     for column, cells in dataset[:100].items():
         cell = next(filter(None, cells), None)
         found[column] = names.get(type(cell), type(cell).__name__)
-        if isinstance(cell, str) and (special := re.match(r"\s*(Human:|\[\s*\{)", cell)) and column != "prompt":
+        if isinstance(cell, str) and (special := re.match(CODED, cell)) and column != "prompt":
             found[column] = "transcript" if special[1] == "Human:" else "JSON in a text: parse it"
     sides = {column: found[column] for column in ("conversations", *SIDES) if column in found}
     if sides in LAYOUTS.values():
@@ -321,10 +322,9 @@ def read_turns(cell, column: str, kind: str) -> list[dict]:
 def canonical_pair(row: dict, layout: str) -> tuple[list[dict], list[dict], list[dict], str]:
     """Prompt, and chosen and rejected without it, as messages; and why the pair is dropped, or ""."""
     *start, chosen, rejected = (read_turns(row.get(column), column, kind) for column, kind in LAYOUTS[layout].items())
-    alone = [
-        turns[0]["role"] == "assistant" for turns in (chosen, rejected) if turns
-    ]  # beside a text that is the prompt
-    prompt = start[0] if start and (layout != "prompt beside conversations" or all(alone)) else []
+    repeats = layout == "prompt beside conversations" and any(
+        turns[0]["role"] != "assistant" for turns in (chosen, rejected) if turns)  # fmt: skip
+    prompt = start[0] if start and not repeats else []
     if not prompt:  # what both conversations begin with, up to the last turn that is not the assistant's
         shared = chosen[: common_prefix_length(chosen, rejected)]
         while shared and shared[-1]["role"] == "assistant":
@@ -440,7 +440,8 @@ def read_splits(s: argparse.Namespace) -> dict:
     """{split name: data set}: the one to train on and, where there is one, the one held out."""
     name, path, splits = s.dataset_name, Path(s.dataset_name), (s.dataset_train_split, s.dataset_test_split)
     kind = path.suffix[1:].lower().removesuffix("l") if path.is_file() else None  # json reads jsonl too
-    options = {"keep_default_na": False} if kind == "csv" or any(path.rglob("*.csv")) else {}  # "None" is text
+    kinds = {kind, *(file.suffix[1:] for file in path.rglob("*.*"))} & {"csv", "json", "jsonl", "parquet"}
+    options = {"keep_default_na": False} if kinds == {"csv"} else {}  # an answer "None" is text
     try:
         found = datasets.load_dataset(path=kind or name, name=s.dataset_config, data_files=kind and name, **options)
     except Exception as error:  # the network's, the hub's, arrow's, pandas'
@@ -629,7 +630,8 @@ class PreferenceTrainer(trl.DPOTrainer):
         gathers them without the pairs that only fill up the last batch; TRL would log means of batch means."""
         inputs, alone, same = self._prepare_inputs(inputs), copy.copy(self), lambda values: values
         alone.accelerator = argparse.Namespace(device=self.args.device, gather=same, gather_for_metrics=same)
-        alone.aux_loss_enabled, alone._metrics = False, copy.deepcopy(self._metrics)  # a router's loss is of a batch
+        alone._metrics = {"eval": self._metrics["eval"].copy()}  # which is empty
+        alone.aux_loss_enabled = False  # a router's loss is of a batch
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         passed = {name: v for name, v in inputs.items() if name not in ("completion_mask", *REFERENCE)}
         with self.compute_loss_context_manager():
@@ -680,10 +682,12 @@ def cache_reference(trainer: PreferenceTrainer, s) -> None:
     what = repr([hashes.tolist(), weights, model.config.to_json_string(), s.ld_alpha, s.bf16, s.fp16])
     key = hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
     path = Path(datasets.config.HF_CACHE_HOME, "dpotrainer", f"reference-{key}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # the main process's file is (N, 2) float32, nats of N pairs by order of their hashes; not known if not below 0
-    file = np.memmap(path, "<f4", "r+" if path.exists() else "w+", shape=(len(hashes), 2)) if is_main() else None
-    (known,) = accelerate.utils.broadcast_object_list([file])
+    known = None
+    if is_main():  # its file is (N, 2) float32, nats of N pairs by order of their hashes; not known if not below 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()  # never emptied: another run may be filling it
+        known = np.memmap(path, "<f4", "r+", shape=(len(hashes), 2))
+    (known,) = accelerate.utils.broadcast_object_list([known])
     todo = np.flatnonzero(~(known < 0).all(1))
     say(f"reference log-probs: {len(hashes) - len(todo)} of {len(hashes)} pairs are in {path}")
     size = s.precompute_ref_batch_size or s.per_device_eval_batch_size
@@ -1016,7 +1020,7 @@ def generate_answers(trainer: PreferenceTrainer, model, prompts: list[list[int]]
     config, tokenizer, rows = trainer.model.generation_config, trainer.processing_class, []
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
     width = batch["input_ids"].shape[1]
-    room = min(256, getattr(model.config, "max_position_embeddings", math.inf) - width)
+    room = int(np.clip(getattr(model.config, "max_position_embeddings", math.inf) - width, 1, 256))
     transformers.set_seed(trainer.args.seed)
     for do_sample in (False, True):
         with trainer.accelerator.autocast():
@@ -1256,7 +1260,7 @@ def main(argv: list[str] | None = None) -> int:
         with open_output(s) as is_finished:
             if is_finished:
                 say(
-                    f"{s.output_dir} holds this run, finished: nothing to do (README: to merge it; `--overwrite true`)"
+                    f"{s.output_dir}: finished, nothing to do (`--overwrite true` repeats it; to merge it, see README)"
                 )
                 return 0
             trainer = build_trainer(s, args, start, train, held_out)

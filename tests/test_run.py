@@ -479,6 +479,19 @@ def test_a_log_line_counts_steps_alike_when_the_batch_per_device_changes(size, r
             assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-5), (ours["step"], name)
 
 
+def test_a_seed_of_the_order_may_be_0_and_a_resume_is_no_start(run, tmp_path):
+    settings = {"max_steps": 6, "data_seed": 0, "eval_on_start": True}
+    run(**settings)
+    whole = (tmp_path / "out").rename(tmp_path / "whole")
+    run(functools.partial(send, at=2, signals=[signal.SIGTERM]), status=143, **settings)
+    run(**settings)
+    same_result(tmp_path / "out", whole)
+    assert [row["step"] for row in tiny.evaluations(whole)] == [0, 4, 6]
+    (tmp_path / "out").rename(tmp_path / "again")
+    run(max_steps=6)
+    assert tiny.losses(tmp_path / "out") != tiny.losses(whole), "seed 42's order"
+
+
 def test_a_mistake_that_the_first_step_finds_is_one_message(run, tmp_path):
     for wrong in ({"f_divergence_type": "kl"}, {"lr_scheduler_kwargs": '{"nope": 1}'}):
         printed = run(status=2, **wrong, output_dir=str(tmp_path / f"out-{len(wrong)}"), overwrite=True)
