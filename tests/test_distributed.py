@@ -221,10 +221,13 @@ def test_two_processes_resume_in_the_second_epoch(run, tmp_path):
 
 
 def test_an_epoch_that_its_steps_do_not_divide(run, tmp_path):
-    """32 pairs in steps of 12: what fills up the third is the same on one process and on two."""
-    run(1, global_batch_size=12, num_train_epochs=2)
+    """33 pairs, and 9 held out, in steps of 12: what fills up the third is the same on one process and on two."""
+    tiny.make_pairs(tmp_path / "pairs" / "train.jsonl", 33, seed=1)
+    tiny.make_pairs(tmp_path / "pairs" / "test.jsonl", 9, seed=2)
+    settings = {"dataset_name": tmp_path / "pairs", "global_batch_size": 12, "num_train_epochs": 2}
+    run(1, **settings)
     alone = (tmp_path / "out").rename(tmp_path / "alone")
-    run(2, global_batch_size=12, num_train_epochs=2)
+    run(2, **settings)
     same_trajectory(tmp_path / "out", alone)
     assert list(tiny.losses(alone)) == [1, 2, 3, 4, 5, 6]
     tokens = [[row.get("num_tokens") for row in tiny.read_metrics(folder)] for folder in (tmp_path / "out", alone)]

@@ -164,3 +164,12 @@ def test_activations_are_those_that_a_layer_keeps(checkpointing):
         counted.append(sum(size for place, size in saved.items() if place not in own))
     per_layer = [after - before for before, after in (estimated, counted)]
     assert per_layer[0] == pytest.approx(per_layer[1], rel=0.05)
+
+
+def test_the_second_name_of_checkpointing_is_planned_alike(dry_run, tmp_path, capsys):
+    model, data, *_ = dry_run
+    memory = []
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        assert dpotrainer.main([*tiny.settings(model, data, tmp_path / "out", dry_run=True), f"--{name}", "true"]) == 0
+        memory.append(re.search(r"activations .*", capsys.readouterr().out)[0])
+    assert memory[0] == memory[1]

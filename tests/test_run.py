@@ -406,9 +406,15 @@ def test_a_signal_saves_and_the_same_command_continues(signals, status, at, run,
     same_result(tmp_path / "out", finished[0])
 
 
+def tell_saves(program):
+    save = program.PreferenceTrainer._save_checkpoint
+    program.PreferenceTrainer._save_checkpoint = lambda self, *args: print("SAVES", flush=True) or save(self, *args)
+
+
 @pytest.mark.parametrize("at", [4, 12])
 def test_a_signal_in_an_evaluation_is_heard_at_its_step(at, run, finished, tmp_path):
-    printed = run(functools.partial(send_in_evaluation, at=at, number=signal.SIGTERM), status=143)
+    printed = run(functools.partial(send_in_evaluation, at=at, number=signal.SIGTERM), tell_saves, status=143)
+    assert printed.count("SAVES") == at // 4, "the last one is not made twice"
     assert f"saved at step {at}" in printed and not (tmp_path / "out" / "adapter_config.json").exists()
     assert not (tmp_path / "out" / f"checkpoint-{at + 1}").exists()
     run()
