@@ -1,44 +1,76 @@
-"""Align a language model with human preferences by Direct Preference Optimization (DPO), in one file.
+"""Align a language model with human preferences: Direct Preference Optimization (DPO) in one file.
 
-    python dpotrainer.py                                      edit the constants below, run
-    python dpotrainer.py --config FILE.yaml --beta 0.05       constants < YAML < command line
-    accelerate launch --config_file configs/accelerate/ddp.yaml dpotrainer.py          several GPUs
+    python dpotrainer.py                                     edit the constants below, run
+    python dpotrainer.py --config FILE.yaml --beta 0.05      constants < YAML < command line
+    accelerate launch --config_file configs/accelerate/ddp.yaml dpotrainer.py    several GPUs
 
-Over pairs of a prompt x with a chosen answer y_w and a rejected one y_l, DPO (arXiv 2305.18290, eq. 7) minimises
+Over pairs of a prompt x with a chosen answer y_w and a rejected one y_l, DPO (arXiv 2305.18290,
+eq. 7) minimises
 
-    loss = -log sigmoid(reward(x, y_w) - reward(x, y_l)),    reward(x, y) = beta * (log pi(y | x) - log pi_ref(y | x)).
+    loss = -log sigmoid(reward(x, y_w) - reward(x, y_l))
+    reward(x, y) = beta * (log pi(y | x) - log pi_ref(y | x))
 
-The log shows the means of reward(x, y_w) as rewards/chosen, of reward(x, y_l) as rewards/rejected, of their difference
-as rewards/margins, and the share of pairs where that is positive as rewards/accuracies. trl.DPOTrainer trains; this
-file decides what a good run is, checks it before it costs anything (`--dry_run true` shows the plan and one pair as
-the model sees it), computes each pair's common prefix once, shows what happened, and loses nothing.
+The log shows the means of reward(x, y_w) as rewards/chosen, of reward(x, y_l) as rewards/rejected,
+of their difference as rewards/margins, and the share of pairs where that is positive as
+rewards/accuracies. trl.DPOTrainer trains. This file decides what a good run is, checks it before
+it costs anything (`--dry_run true` rehearses the run in miniature), computes each pair's common
+prefix once, shows what happened, and loses nothing.
 
-OUTPUT_DIR gets the adapter with tokenizer and model card, settings.yaml (`--config OUTPUT_DIR/settings.yaml` repeats
-the run), metrics.jsonl, rewards.png, samples.md, checkpoint-N. The same command again continues an interrupted run.
+OUTPUT_DIR gets the adapter with tokenizer and model card, settings.yaml (`--config` with it repeats
+the run), metrics.jsonl, rewards.png, samples.md and checkpoint-N. The same command again continues
+an interrupted run.
+
+In reading order: constants, main, settings, preferences, policy and trainer, the plan, insight,
+the run, shared prefixes, the command.
 """
 
-import argparse
+import signal
+import sys
+
+if __name__ == "__main__":
+    print("dpotrainer: loading torch, transformers and trl ...", file=sys.stderr, flush=True)
+    # Ctrl-C meanwhile ends the program at once, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import collections
+import contextlib
 import copy
+import dataclasses
 import difflib
+import errno
 import functools
+import glob
 import hashlib
+import importlib.metadata
 import inspect
+import io
+import itertools
 import json
+import logging
 import math
 import os
 import re
-import signal
-import sys
+import shutil
+import subprocess
+import tempfile
+import textwrap
+import threading
 import time
+import traceback
+import types
+import unicodedata
 import warnings
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, fields, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import accelerate
 import datasets
+import huggingface_hub
 import numpy as np
 import pandas as pd
 import peft
@@ -47,1241 +79,4752 @@ import torch.nn.functional as F
 import transformers
 import trl
 import yaml
+from datasets import Dataset
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from tqdm.auto import tqdm
+from torch.distributed.tensor import DTensor
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
 from transformers.hf_argparser import HfArg
+from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils.peft_utils import find_adapter_config_file
+from trl import DatasetMixtureConfig, DPOConfig, DPOTrainer, ModelConfig, ScriptArguments
 from trl.data_utils import common_prefix_length
+from trl.scripts.utils import DatasetConfig
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import global_then_local_main_first, remove_none_values, use_adapter
 
 # fmt: off
-# ----------------------------------------------------------------------------------------------- constants: edit these
-MODEL_NAME = "Qwen/Qwen3-8B"  # hub name or folder of an instruct model, or of a PEFT adapter that SFT left behind
-DATASET_NAME = "trl-lib/ultrafeedback_binarized"  # hub name, folder, or jsonl, json, parquet, csv file of pairs
+# ---------------------------------------------------------------------------- constants: edit these
+MODEL_NAME = "Qwen/Qwen3-8B"  # hub name or folder of an instruct model, or of an SFT adapter
+DATASET_NAME = "trl-lib/ultrafeedback_binarized"  # hub name, folder or file (jsonl, csv, ...)
 OUTPUT_DIR = "qwen3-8b-dpo"  # everything that the run writes
 
-BETA = 0.1  # weight of staying near the reference: 0.05 moves further, 0.5 stays closer; 0.1 is the paper's
-LOSS_TYPE = "sigmoid"  # sigmoid (DPO), hinge, ipo, robust, ...: any of OBJECTIVES below, or a list of them
+BETA = 0.1  # weight of staying near the reference: 0.05 moves further, 0.5 less; 0.1 is the paper's
+LOSS_TYPE = "sigmoid"  # sigmoid (DPO), hinge, ipo, robust, ...: any of TRL's fifteen, or a list
 MAX_LENGTH = 2048  # tokens of prompt plus answer; what is longer loses its end
 
-LEARNING_RATE = 5e-6  # ten times full fine-tuning's 5e-7 ("LoRA Without Regret", 2025); zephyr-7b-dpo-qlora's too
-LR_SCHEDULER_TYPE = "cosine"  # cosine, linear, constant_with_warmup, ...; cosine is the zephyr-7b recipes'
+LEARNING_RATE = 5e-6  # ten times full fine-tuning's ("LoRA Without Regret", 2025)
+LR_SCHEDULER_TYPE = "cosine"  # cosine (the zephyr-7b recipes'), linear, constant_with_warmup, ...
 WARMUP_STEPS = 0.1  # below 1: share of all steps; 0.1 is the zephyr-7b recipes'
-NUM_TRAIN_EPOCHS = 1.0  # passes over the pairs; zephyr-7b-dpo-qlora stops after one, a second mostly overfits
-GLOBAL_BATCH_SIZE = 64  # pairs per optimizer step over all GPUs, the paper's; accumulation is derived from it
-PER_DEVICE_BATCH_SIZE = 4  # pairs per forward on one GPU: changes memory and speed; the result, of aot and sft alone
+NUM_TRAIN_EPOCHS = 1.0  # passes over the pairs; a second one mostly overfits
+GLOBAL_BATCH_SIZE = 64  # pairs per optimizer step over all GPUs, the paper's; sets the accumulation
+PER_DEVICE_BATCH_SIZE = 4  # pairs per forward on one GPU: memory and speed, not the result
 
-LORA_R = 32  # rank, 8 to 128; preferences need little capacity ("LoRA Without Regret", 2025)
-LORA_ALPHA = 32  # the update is scaled by alpha / r, here 1, as in zephyr-7b-dpo-qlora (128 / 128)
-LORA_DROPOUT = 0.0  # [0, 1); above 0 the policy's log-probs get noise; needs `disable_dropout: false` too
+LORA_R = 32  # rank, 8 to 128; preferences need little capacity
+LORA_ALPHA = 32  # the update is scaled by alpha / r, here 1, as in zephyr-7b-dpo-qlora
+LORA_DROPOUT = 0.0  # [0, 1); above 0 the log-probs get noise, and needs `disable_dropout: false`
 DTYPE = "bfloat16"  # of the frozen weights: bfloat16, float16, float32
 BF16 = True  # bf16 autocast: Ampere GPUs (2020) and newer
-GRADIENT_CHECKPOINTING = True  # recompute activations in the backward pass: a third more compute, far less memory
+GRADIENT_CHECKPOINTING = True  # recompute activations: a third more compute, far less memory
 
 EVAL_PAIRS = 500  # pairs held out when the data set has no test split
 EVAL_STEPS = 100  # optimizer steps between evaluations
 SAVE_STEPS = 100  # optimizer steps between checkpoints
 LOGGING_STEPS = 10  # optimizer steps between log lines
 SEED = 42  # of adapter, order and held-out pairs
-# -------------------------------------------------------------------------------------------------------- end of edits
-
-# A constant is the setting of the same name in lower case, but for these; a misspelt one is refused.
-RENAMED = {"MODEL_NAME": "model_name_or_path", "PER_DEVICE_BATCH_SIZE": "per_device_train_batch_size"}
-OUR_DEFAULTS = {  # where a good run differs from TRL's defaults
-    "use_peft": True, "lora_target_modules": "all-linear", "use_bnb_nested_quant": True,
-    "eval_strategy": "steps", "save_total_limit": 2, "logging_first_step": True, "eval_delay": 0.0,
-    "gradient_accumulation_steps": None, "per_device_eval_batch_size": None,  # check_settings derives them
-    "logging_nan_inf_filter": False,  # it would hide a loss that is not finite; we stop at one
-    "ddp_find_unused_parameters": False,  # every adapter weight gets a gradient
-    "ddp_timeout": 7200,  # seconds: a slow first tokenization must not trip the processes that wait for it
-}
-
-
-# ------------------------------------------------------------------------------------------------------------ settings
-@dataclass
-class Settings:
-    """What TRL has no name for; all else is in trl.ScriptArguments, trl.ModelConfig and trl.DPOConfig."""
-
-    global_batch_size: int | None = HfArg(default=None, help="pairs per optimizer step over all processes")
-    eval_pairs: int = HfArg(default=0, help="pairs held out when the data set has no test split")
-    share_prefixes: bool = HfArg(default=True, help="compute each pair's common prefix once, and no padding")
-    reference: Literal["auto", "copy", "adapter"] = HfArg(default="auto", help="auto: adapter off, or the SFT adapter "
-        "if that is the start; copy: a second, frozen model; adapter: a frozen copy of the starting adapter")
-    ref_model_name_or_path: str | None = HfArg(default=None, help="frozen model of `reference: copy`; else the start")
-    fresh_adapter: bool = HfArg(default=False, help="merge the starting adapter and train a new one on top")
-    chat_strings: bool = HfArg(default=False, help="wrap plain strings in the chat template")
-    sample_prompts: int = HfArg(default=8, help="held-out prompts answered after training; 0: none")
-    merge: bool = HfArg(default=False, help="also write the merged full model to OUTPUT_DIR/merged")
-    dry_run: bool = HfArg(default=False, help="check everything, print the plan and one pair, then stop")
-    overwrite: bool = HfArg(default=False, help="move an earlier run in output_dir aside and start afresh")
-
-
-KINDS = (Settings, trl.ScriptArguments, trl.ModelConfig, trl.DPOConfig)
-OPTIONAL = {name for kind in KINDS for name, hint in get_type_hints(kind).items() if type(None) in get_args(hint)}
-OBJECTIVES = {  # loss_type: what it does to the margin or the rewards, and where it is from
-    "sigmoid": "logistic loss, DPO (arXiv 2305.18290, eq. 7)", "hinge": "hinge loss, SLiC (arXiv 2305.10425)",
-    "ipo": "squared distance of the mean gap from 1/(2 beta), IPO (arXiv 2310.12036, eq. 17)",
-    "robust": "logistic loss unbiased by flipped labels, equals sigmoid if label_smoothing is 0 (arXiv 2403.00409)",
-    "exo_pair": "reverse KL, EXO (arXiv 2402.00856)", "nca_pair": "noise contrast, NCA (arXiv 2402.05369)",
-    "sppo_hard": "squared distance to win or loss, SPPO (arXiv 2405.00675)", "discopop": "DiscoPOP (arXiv 2406.08414)",
-    "bco_pair": "binary classifier, BCO (arXiv 2404.04656)", "aot": "sorted margins, AOT (arXiv 2406.05882)",
-    "aot_unpaired": "sorted rewards, AOT (arXiv 2406.05882)", "apo_down": "both down, APO (arXiv 2408.06266)",
-    "apo_zero": "chosen up, rejected down, APO (arXiv 2408.06266)", "sft": "cross-entropy of chosen",
-    "sigmoid_norm": "logistic loss per token (arXiv 2405.14734)",
-}
-RULES = (  # settings; when the value v of one is wrong beside all settings s; why, and what to do
-    ("beta learning_rate num_train_epochs logging_steps eval_steps save_steps",
-     lambda v, s: v is not None and not 0 < v < math.inf, "must be > 0"),
-    ("global_batch_size per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r "
-     "lora_alpha max_length", lambda v, s: v is not None and v < 1, "must be >= 1"),
-    ("eval_pairs sample_prompts warmup_steps max_grad_norm seed data_seed",
-     lambda v, s: v is not None and not 0 <= v < math.inf, "must be >= 0"),
-    ("max_steps", lambda v, s: v == 0, "would train one step; -1 trains whole epochs"),
-    ("label_smoothing", lambda v, s: not 0 <= v < 0.5, "must lie in [0, 0.5)"),
-    ("lora_dropout", lambda v, s: not 0 <= v < 1, "must lie in [0, 1)"),
-    ("save_total_limit", lambda v, s: v is not None and v < 2, "must be >= 2: the newest may be half written"),
-    ("accelerator_config auto_find_batch_size batch_eval_metrics dataloader_drop_last dataset_streaming hub_token "
-     "enable_jit_checkpoint eval_use_gather_object ignore_data_skip load_best_model_at_end model_init_kwargs "
-     "padding_free push_to_hub resume_from_checkpoint save_only_model sync_ref_model trust_remote_code "
-     "use_liger_kernel", lambda v, s: v,
-     "is ignored, runs an author's code, or breaks what is promised; leave it out"),
-    ("use_peft eval_do_concat_batches train_sampling_strategy truncation_mode",
-     lambda v, s: v not in (True, "random", "keep_start"), "would break what is promised; leave it out"),
-    ("loss_type", lambda v, s: {*v} - {*OBJECTIVES}, f"is unknown; one of {', '.join(OBJECTIVES)}"),
-    ("loss_weights", lambda v, s: v and (len(v) != len(s.loss_type) or not np.isfinite(v).all()),
-     "must be one number for each loss_type; mend the list"),
-    ("label_smoothing", lambda v, s: v and not {"robust", "exo_pair", "aot", "aot_unpaired"}.intersection(s.loss_type),
-     "is for robust, exo_pair, aot and aot_unpaired; leave it out"),
-    ("label_smoothing", lambda v, s: not v and "exo_pair" in s.loss_type, "must be above 0 for exo_pair; 1e-3"),
-    ("save_strategy", lambda v, s: v not in ("steps", "epoch"), "would leave nothing to resume from; steps"),
-    ("torch_compile_backend torch_compile_mode", lambda v, s: v and not s.torch_compile, "is idle; set torch_compile"),
-    ("discopop_tau", lambda v, s: v != 0.05 and "discopop" not in s.loss_type, "is for discopop; leave it out"),
-    ("lora_dropout", lambda v, s: v and s.disable_dropout, "has no effect; add `disable_dropout: false`"),
-    ("ref_model_name_or_path", lambda v, s: v and s.reference != "copy", "has no effect; add `reference: copy`"),
-    ("reference", lambda v, s: v == "adapter" and s.fresh_adapter, "copies what fresh_adapter merges; auto"),
-    ("precompute_ref_log_probs merge", lambda v, s: v and (is_sharded() or s.fsdp or s.deepspeed),
-     "needs a model in one piece; leave it out"),
-    ("fresh_adapter", lambda v, s: v and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3",
-     "cannot be merged while ZeRO-3 shards its base; use fsdp2.yaml, or merge it first"),
-    ("merge", lambda v, s: v and (s.load_in_4bit or s.load_in_8bit), "needs a bf16 base; README, 'Merging', says how"),
-    ("model_name_or_path dataset_name output_dir dtype", lambda v, s: not v, "is empty; give a value"),
-    ("model_name_or_path dataset_name ref_model_name_or_path",
-     lambda v, s: re.search(r"^[./~]|/.*/|\.(jsonl?|parquet|csv)$", v or "") and not os.path.exists(v),
-     "there is no such file or folder; check the path"),
-    ("output_dir", lambda v, s: v and not os.access(  # with a slash, a file is refused
-        f"{next(filter(os.path.exists, [v, *Path(v).absolute().parents]))}/", os.W_OK | os.X_OK),
-     "is not a folder that can be written; choose another"),
-)
-MACHINE_RULES = (  # the same, of what the machine must have
-    ("use_cpu", lambda v, s: not v and not torch.cuda.is_available(),
-     "no CUDA GPU; `python dpotrainer.py --config configs/quickstart.yaml` runs anywhere"),
-    ("use_cpu", lambda v, s: not v and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ,
-     "several GPUs but one process; `accelerate launch --config_file configs/accelerate/ddp.yaml dpotrainer.py`"),
-    ("bf16", lambda v, s: v and torch.cuda.is_available() and not (s.use_cpu or torch.cuda.is_bf16_supported(False)),
-     "needs an Ampere GPU (2020) or newer; `--bf16 false --fp16 true --dtype float16`"),  # False: not by emulation
-    ("report_to", lambda v, s: v and not all(name in ("all", "none") or find_spec(name) for name in np.atleast_1d(v)),
-     "is not installed; `pip install tensorboard`, `pip install wandb` or `pip install trackio`"),
-    ("load_in_4bit load_in_8bit optim", lambda v, s: re.search("True|bnb|paged|lion|ademamix|adamw_8bit", str(v))
-     and not find_spec("bitsandbytes"), "needs bitsandbytes; `pip install bitsandbytes`"),
-)
+# ------------------------------------------------------------------------------------- end of edits
 # fmt: on
+CONSTANTS = {
+    name: value for name, value in globals().items() if name.isupper() and len(name) > 1
+}  # all of the above
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read settings and preferences, show the plan; then rehearse, or train, save and show.
+
+    `argv` are the flags, without the program's name; those of the command line if None. Raises
+    UserError for whatever the user can mend.
+    """
+    job = read_settings(argv)
+    start = load_start(job)
+    preferences = load_preferences(job, start.tokenizer)
+    check_lengths(job, start, preferences)
+    sharing = check_sharing(job, start, preferences)
+    print_plan(job, start, preferences, sharing)
+    if job.settings.dry_run:
+        refuse_other_run(job, preferences)
+        rehearse(job, start, preferences)
+        return
+
+    with open_output(job, preferences) as is_finished:
+        if not is_finished:
+            trainer = build_trainer(job, start, preferences, sharing)
+            report = train_policy(trainer, job, preferences)
+            save_adapter(trainer)  # first of all: nothing that comes after it can lose it
+            show_samples(trainer, job, report)
+            save_report(trainer, job, start, report)
+        if job.settings.merge and is_main_process():
+            merge_adapter(job, start, preferences)
+        if job.training_args.push_to_hub and is_main_process():
+            push_run(job)
 
 
 class UserError(Exception):
-    """Ends the program with this message and no traceback; status 2 is a mistake that the message says how to mend."""
+    """Ends the program with this message and no traceback; status 2 is a mistake that the
+    message says how to mend.
+    """
 
-    def __init__(self, message: str, status: int = 2):
+    def __init__(self, message: str, status: int = 2) -> None:
         super().__init__(message)
         self.status = status
 
 
-def is_main() -> bool:
+def is_main_process() -> bool:
+    """Whether this is the process that prints and writes."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def is_sharded() -> bool:
-    return any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true") for name in ("FSDP", "DEEPSPEED"))
-
-
-def say(*lines: Any) -> None:
-    if lines and is_main():
+def say(*lines: str) -> None:
+    """Print on the main process; a line that begins with `! ` is what the user should know."""
+    if is_main_process():
         print(*lines, sep="\n", flush=True)
 
 
-def parse_settings(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Constants, then the YAML file, then flags: one namespace of every field of KINDS, and all problems found."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", help="YAML file of settings, by the names below")
-    file, argv = first.parse_known_args(argv)
-    try:
-        in_file = {**yaml.safe_load(Path(file.config).read_text("utf-8"))} if file.config else {}
-        os.environ |= {name: str(value) for name, value in in_file.pop("env", {}).items()}  # as `trl dpo` does
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        why = " ".join(str(error).split())
-        raise UserError(f"--config {file.config}: {why}; give a file of lines such as `beta: 0.1`") from None
-    names = re.findall(r"^([A-Z]\w*) *[:=]", Path(__file__).read_text("utf-8").split("end of edits")[0], flags=re.M)
-    constants = {RENAMED.get(name, name.lower()): globals()[name] for name in names}
-    parser = trl.TrlParser(KINDS, parents=[first], allow_abbrev=False, exit_on_error=False)
-    parser._option_string_actions["--report_to"].nargs = "+"  # its type is a text or a list of texts
-    parser.set_defaults_with_config(**OUR_DEFAULTS)
-    s, problems = parser.parse_args([]), []
-    parser.set_defaults_with_config(**constants)  # for --help
-    constants |= {"global_batch_size": None} if in_file.get("gradient_accumulation_steps") else {}  # as `trl dpo`
-    values = {name: json.dumps(v) if isinstance(v, dict) else v for name, v in (constants | in_file).items()}
-    nulls = [name for name in values if values[name] is None and (name in OPTIONAL or vars(s).get(name, "") is None)]
-    vars(s).update({name: values.pop(name) for name in nulls})  # no flag can say it; all else is checked as a flag
-    flags = [[f"--{name}", *map(str, v)] if isinstance(v, list) else [f"--{name}={v}"] for name, v in values.items()]
-    flags += [words.split("\0") for words in re.split("\0(?=--)", "\0".join(argv)) if words]  # each with its values
-    for words in flags:
+# ----------------------------------------------------------------------------------------- settings
+@dataclass
+class Settings:
+    """What TRL has no name for; all else is in its ScriptArguments, ModelConfig and DPOConfig."""
+
+    columns: dict | str | None = HfArg(
+        default=None,
+        help="which columns hold what: '{prompt: question, chosen: good, rejected: bad}'; dots "
+        "reach into structs",
+    )
+    chat_strings: bool = HfArg(default=False, help="wrap plain strings in the chat template")
+    eval_pairs: int = HfArg(default=0, help="pairs held out when there is no test split")
+    global_batch_size: int | None = HfArg(
+        default=None, help="pairs per optimizer step over all processes"
+    )
+    share_prefixes: bool = HfArg(
+        default=True, help="compute each pair's common prefix once, and no padding"
+    )
+    reference: Literal["auto", "copy", "adapter"] = HfArg(
+        default="auto",
+        help="auto: adapter off, or the SFT adapter if that is the start; copy: a second, frozen "
+        "model; adapter: a frozen copy of the starting adapter",
+    )
+    ref_model_name_or_path: str | None = HfArg(
+        default=None, help="the frozen model of `reference: copy`; else the start"
+    )
+    early_stopping_patience: int | None = HfArg(
+        default=None,
+        help="evaluations without a better held-out loss before the run stops; keeps the best",
+    )
+    sample_prompts: int = HfArg(
+        default=8, help="held-out prompts answered by reference and policy at the end; 0: none"
+    )
+    merge: bool = HfArg(default=False, help="also write the merged model, of a finished run too")
+    dry_run: bool = HfArg(
+        default=False, help="check everything, print the plan, rehearse in miniature, then stop"
+    )
+    overwrite: bool = HfArg(
+        default=False, help="move a finished or different run in output_dir aside"
+    )
+
+
+class Job(NamedTuple):
+    """All settings of a run, checked, with what follows from them filled in."""
+
+    settings: Settings
+    script_args: ScriptArguments
+    model_args: ModelConfig
+    training_args: DPOConfig
+    mixture_args: DatasetMixtureConfig
+    remarks: list[str]  # that this machine has no GPU, where a dry run only says so
+    layers: dict[str, str]  # setting: where it was given: "constant BETA", a file, "flag --beta"
+
+
+CONSTANT_NAMES = {  # constants of the file, and the settings that they are
+    "MODEL_NAME": "model_name_or_path",
+    "DATASET_NAME": "dataset_name",
+    "OUTPUT_DIR": "output_dir",
+    "BETA": "beta",
+    "LOSS_TYPE": "loss_type",
+    "MAX_LENGTH": "max_length",
+    "LEARNING_RATE": "learning_rate",
+    "LR_SCHEDULER_TYPE": "lr_scheduler_type",
+    "WARMUP_STEPS": "warmup_steps",
+    "NUM_TRAIN_EPOCHS": "num_train_epochs",
+    "GLOBAL_BATCH_SIZE": "global_batch_size",
+    "PER_DEVICE_BATCH_SIZE": "per_device_train_batch_size",
+    "LORA_R": "lora_r",
+    "LORA_ALPHA": "lora_alpha",
+    "LORA_DROPOUT": "lora_dropout",
+    "DTYPE": "dtype",
+    "BF16": "bf16",
+    "GRADIENT_CHECKPOINTING": "gradient_checkpointing",
+    "EVAL_PAIRS": "eval_pairs",
+    "EVAL_STEPS": "eval_steps",
+    "SAVE_STEPS": "save_steps",
+    "LOGGING_STEPS": "logging_steps",
+    "SEED": "seed",
+}
+OUR_DEFAULTS = {  # where a good run differs from TRL's defaults
+    "use_peft": True,
+    "lora_target_modules": ["all-linear"],
+    "use_bnb_nested_quant": True,
+    "eval_strategy": "steps",
+    "save_total_limit": 2,
+    "logging_first_step": True,
+    "logging_nan_inf_filter": False,  # it would hide a loss that is not finite; we stop at one
+    "per_device_eval_batch_size": None,  # as in training
+    "gradient_accumulation_steps": None,  # derived from global_batch_size
+    "ddp_find_unused_parameters": False,  # every adapter weight gets a gradient
+    "ddp_timeout": 7200,  # seconds: a slow first tokenization must not trip those that wait for it
+}
+UNSUPPORTED = {  # settings of TRL that are refused unless they have their default, and why
+    "accelerator_config": "pairs are dealt to the processes by this file's own sampler",
+    "auto_find_batch_size": "the step would change in the middle of a run",
+    "average_tokens_across_devices": "DPO averages over pairs, not over tokens",
+    "batch_eval_metrics": "held-out figures are means over all pairs at once",
+    "bf16_full_eval": "held-out rewards would be rounded; bf16 autocast does enough",
+    "dataloader_drop_last": "an epoch's last step is filled up, no pair is dropped",
+    "dataloader_in_order": "a resumed run would see other pairs",
+    "dataloader_multiprocessing_context": "workers only pad batches, however they start",
+    "dataset_streaming": "pairs are counted and split before training",
+    "debug": "a loss or a gradient that is not finite ends the run with a message anyway",
+    "deepspeed": "`accelerate launch --config_file configs/accelerate/zero3.yaml` starts it",
+    "do_predict": "there is nothing to predict; sample_prompts has held-out prompts answered",
+    "enable_jit_checkpoint": "SIGTERM is answered with a checkpoint anyway",
+    "eval_do_concat_batches": "held-out figures are means over all pairs",
+    "eval_use_gather_object": "what an evaluation gathers are tensors",
+    "fp16_full_eval": "held-out rewards would be rounded; fp16 autocast does enough",
+    "fsdp": "`accelerate launch --config_file configs/accelerate/fsdp2.yaml` starts it",
+    "fsdp_config": "`accelerate launch --config_file configs/accelerate/fsdp2.yaml` holds it",
+    "hub_always_push": "the run is uploaded once, at its end",
+    "ignore_bias_buffers": "no model that is trained today needs it",
+    "ignore_data_skip": "a resumed run would see pairs twice",
+    "include_for_metrics": "the metrics are DPO's",
+    "label_names": "the labels are the answers' tokens",
+    "label_smoothing_factor": "it is cross-entropy's; for noisy pairs there is `loss_type: robust`",
+    "length_column_name": "passes are balanced by their tokens as it is",
+    "liger_kernel_config": "share_prefixes and TRL's fused head do its work",
+    "logging_nan_inf_filter": "it would hide a loss that is not finite",
+    "lora_task_type": "what is trained here is a CAUSAL_LM",
+    "model_init_kwargs": "dtype, attn_implementation, load_in_4bit, ... are settings themselves",
+    "neftune_noise_alpha": "its noise would be in the rewards",
+    "pad_to_multiple_of": "share_prefixes runs without padding",
+    "padding_free": "TRL has it switched off; share_prefixes does more",
+    "parallelism_config": "processes share pairs (ddp.yaml) or weights (fsdp2.yaml), no more",
+    "prediction_loss_only": "held-out rewards are what an evaluation is for",
+    "ref_model_mixup_alpha": "the reference stays as it was",
+    "ref_model_sync_steps": "the reference stays as it was",
+    "save_on_each_node": "all hosts share one output_dir",
+    "save_only_model": "nothing could be resumed",
+    "streaming": "pairs are counted and split before training",
+    "sync_ref_model": "TRL cannot do it with LoRA",
+    "train_sampling_strategy": "pairs come in random order, in passes of alike many tokens",
+    "truncation_mode": "what is too long loses its end",
+    "trust_remote_code": "it would run code of the model's author",
+    "use_cache": "training needs no cache of keys and values",
+    "use_liger_kernel": "share_prefixes and TRL's fused head do its work",
+    "use_peft": "this file trains an adapter; `trl dpo` trains all weights",
+}
+NEEDS = {  # settings that have no effect unless another one has this value
+    "bnb_4bit_quant_storage": ("load_in_4bit", True),
+    "discopop_tau": ("loss_type", "discopop"),
+    "f_alpha_divergence_coef": ("f_divergence_type", "alpha_divergence"),
+    "gradient_checkpointing_kwargs": ("gradient_checkpointing", True),
+    "hub_model_id": ("push_to_hub", True),
+    "hub_private_repo": ("push_to_hub", True),
+    "hub_revision": ("push_to_hub", True),
+    "lora_dropout": ("disable_dropout", False),
+    "precompute_ref_batch_size": ("precompute_ref_log_probs", True),
+    "ref_model_name_or_path": ("reference", "copy"),
+}
+ABOVE_ZERO = (
+    "beta",
+    "learning_rate",
+    "num_train_epochs",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+    "global_batch_size",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "lora_r",
+    "lora_alpha",
+    "max_length",
+    "early_stopping_patience",
+)
+NOT_NEGATIVE = (
+    "eval_pairs",
+    "sample_prompts",
+    "warmup_steps",
+    "max_grad_norm",
+    "seed",
+    "data_seed",
+    "weight_decay",
+)
+NAMES_ELSEWHERE = {  # what other trainers, and older versions of this one's libraries, call things
+    "base_model": "model_name_or_path",
+    "model": "model_name_or_path",
+    "model_name": "model_name_or_path",
+    "adapter_name_or_path": "model_name_or_path, which may be an adapter",
+    "model_init": "model_name_or_path",
+    "dataset": "dataset_name",
+    "lr": "learning_rate",
+    "lora_rank": "lora_r",
+    "lora_dim": "lora_r",
+    "r": "lora_r",
+    "lora_target": "lora_target_modules",
+    "target_modules": "lora_target_modules",
+    "modules_to_save": "lora_modules_to_save",
+    "cutoff_len": "max_length",
+    "sequence_len": "max_length",
+    "max_seq_length": "max_length",
+    "max_seq_len": "max_length",
+    "max_prompt_length": "max_length, which prompt and answer share",
+    "max_completion_length": "max_length, which prompt and answer share",
+    "max_target_length": "max_length, which prompt and answer share",
+    "torch_dtype": "dtype",
+    "quantization_bit": "load_in_4bit or load_in_8bit",
+    "flash_attn": "attn_implementation, or leave it to share_prefixes",
+    "no_cuda": "use_cpu",
+    "warmup_ratio": "warmup_steps: below 1 it is a share of all steps",
+    "evaluation_strategy": "eval_strategy",
+    "preprocessing_num_workers": "dataset_num_proc",
+    "overwrite_output_dir": "overwrite, which moves the old run aside",
+    "rpo_alpha": "loss_type: [sigmoid, sft] with loss_weights: [1.0, alpha]",
+    "pref_ftx": "loss_type: [sigmoid, sft] with loss_weights: [1.0, weight]",
+    "pref_beta": "beta",
+    "dpo_beta": "beta",
+    "rl_beta": "beta",
+    "pref_loss": "loss_type",
+    "template": "nothing: the tokenizer's own chat template is used",
+    "chat_template": "nothing: the tokenizer's own chat template is used",
+    "reference_free": "nothing: DPO needs a reference",
+    "generate_during_eval": "sample_prompts, answered at the end",
+    "group_by_length": "nothing: passes have alike many tokens as it is",
+    "micro_batch_size": "per_device_train_batch_size",
+    "batch_size": "global_batch_size or per_device_train_batch_size",
+    "num_epochs": "num_train_epochs",
+    "epochs": "num_train_epochs",
+    "val_set_size": "eval_pairs",
+    "val_size": "eval_pairs",
+    "lr_scheduler": "lr_scheduler_type",
+    "optimizer": "optim",
+    "wandb_project": "env: {WANDB_PROJECT: ...} in the file",
+}
+GIVES_WAY = {  # constants, and the settings that take their place
+    "global_batch_size": "gradient_accumulation_steps",
+    "dataset_name": "datasets",
+    "bf16": "fp16",
+}
+SAME = {  # transformers' new names for old settings
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+}
+PARTS = (Settings, ScriptArguments, ModelConfig, DPOConfig, DatasetMixtureConfig)
+HINTS = {name: hint for part in PARTS for name, hint in get_type_hints(part).items()}
+
+
+class SettingsParser(trl.TrlParser):
+    """TRL's parser of flags, without abbreviations; raises what argparse would exit with."""
+
+    def __init__(self, parts: tuple = PARTS) -> None:
+        super().__init__(parts, allow_abbrev=False, add_help=False, prog="dpotrainer.py")
+        self.set_defaults_with_config(**OUR_DEFAULTS)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError in place of 160 lines of usage."""
+        raise UserError(message)
+
+
+class Draft:
+    """Settings by name as far as they are known, where each was given, and what is wrong."""
+
+    def __init__(self) -> None:
+        self.parser = SettingsParser()
+        self.defaults = vars(self.parser.parse_args([]))
+        self.values = dict(self.defaults)
+        self.layers: dict[str, str] = {}
+        self.problems: list[str] = []
+
+    def take(self, name: str, value: Any, layer: str) -> None:
+        """Set a value of a constant or a file, or note what is wrong with it."""
+        if name not in HINTS:
+            self.problems.append(f"{layer}, {name}: {explain_unknown(name)}")
+            return
+        name = SAME.get(name, name)
         try:
-            if unknown := parser.parse_known_args(words, s)[1]:
-                closest = difflib.get_close_matches(words[0].partition("=")[0], vars(s), n=1, cutoff=0)[0]
-                problems.append(f"{' '.join(words)}: {unknown[0]!r} is not a setting; did you mean {closest}?")
-        except argparse.ArgumentError as error:
-            problems.append(str(error))
-    for name in ("model_name_or_path", "dataset_name", "output_dir", "ref_model_name_or_path"):
-        setattr(s, name, getattr(s, name) and os.path.expanduser(getattr(s, name)))
-    return s, problems
+            self.values[name] = convert(value, HINTS[name])
+        except (TypeError, ValueError) as error:
+            self.problems.append(f"{layer}, {show(name, value)}: {error}")
+        self.layers[name] = layer
+
+    def take_flag(self, words: list[str]) -> None:
+        """Set the value of a flag, given with the words after it, or note what is wrong with it."""
+        flag = words[0].partition("=")[0]
+        name = flag.removeprefix("--").replace("-", "_")
+        if name not in HINTS and name.startswith("no_"):
+            name = name.removeprefix("no_")
+        if name not in HINTS or not flag.startswith("--"):
+            self.problems.append(f"flag {flag}: {explain_unknown(flag)}")
+            return
+        try:
+            parsed, more = self.parser.parse_known_args(words)
+        except UserError as error:
+            self.problems.append(f"flag {flag}: {str(error).partition(': ')[2]}")
+            return
+        value = getattr(parsed, name)
+        if more and list in split_hint(HINTS[name]):  # such as `--report_to tensorboard wandb`
+            value = [value, *more]
+        elif more:
+            self.problems.append(f"flag {flag}: takes one value, {len(words) - 1} are there")
+        name = SAME.get(name, name)
+        self.values[name] = value
+        self.layers[name] = f"flag {flag}"
+
+    def is_constant(self, name: str) -> bool:
+        """Whether neither a file nor a flag gave this setting."""
+        return self.layers.get(name, "constant").startswith("constant")
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Note what is wrong with the value of a setting."""
+        problem = f"{show(name, self.values[name])}: {reason}"
+        if name in self.layers:
+            problem = f"{self.layers[name]}, {problem}"
+        self.problems.append(problem)
 
 
-def find_broken(s: argparse.Namespace, rules: tuple) -> list[str]:
-    shown = vars(s) | {"hub_token": "..."}
-    return [f"{name}={shown[name]}: {text}" for names, is_wrong, text in rules for name in names.split()
-            if is_wrong(getattr(s, name), s)]  # fmt: skip
+def show(name: str, value: Any) -> str:
+    """A setting in a message; a token is in none."""
+    if name == "hub_token":
+        value = "..."
+    return f"{name}={value}"
 
 
-def check_settings(s: argparse.Namespace) -> list[str]:
-    """Derive the batch; all that is wrong, each with its fix, before anything is downloaded or written."""
-    problems, world = find_broken(s, RULES), int(os.getenv("WORLD_SIZE", 1))
-    size, passes = max(1, s.per_device_train_batch_size), s.gradient_accumulation_steps
-    s.per_device_eval_batch_size = s.per_device_eval_batch_size or size
-    s.global_batch_size = s.global_batch_size or size * (passes or 1) * world
-    s.gradient_accumulation_steps = passes or s.global_batch_size // (size * world)
-    if s.global_batch_size != size * s.gradient_accumulation_steps * world:
-        sizes = [n for n in range(1, 1000) if s.global_batch_size % (n * world) == 0]
-        made = f"{size} per device x {passes or 'any'} accumulation x {world} processes"
-        fix = f"leave accumulation out, and take one of {sizes} per device, or a multiple of {world}"
-        problems.append(f"global_batch_size={s.global_batch_size}: is not {made}; {fix}")
-    if not problems:
-        trl.ModelConfig.__post_init__(s)  # a single one of lora_target_modules may be a pattern, or "all-linear"
-    return problems
+def read_settings(argv: list[str] | None) -> Job:
+    """Constants, then the YAML file, then flags.
+
+    Raises UserError with every problem in one message. Prints the help and exits where the flags
+    ask for it.
+    """
+    tell_other_versions()
+    words = sys.argv[1:] if argv is None else argv
+    draft = Draft()
+    if "--help" in words or "-h" in words:
+        print_help(draft, show_all="all" in words)
+        sys.exit(0)
+
+    take_constants(draft)
+    take_file_and_flags(draft, words)
+    let_layers_win(draft)
+    fill_in(draft)
+    unpack_mappings(draft)
+    check_ranges(draft)
+    check_choices(draft)
+    check_places(draft)
+    check_support(draft)
+    check_combinations(draft)
+    derive_batch(draft)
+    check_packages(draft)
+    remarks = check_gpu(draft)
+    if draft.problems:
+        raise UserError("\n".join(draft.problems))
+    return finish(draft, remarks)
 
 
-# --------------------------------------------------------------------------------------------------------- preferences
-SIDES = ["prompt", "chosen", "rejected"]
-LAYOUTS = {  # what the columns of SIDES and `conversations` hold, as far as they are there
-    "standard": dict.fromkeys(SIDES, "text"), "conversational": dict.fromkeys(SIDES, "messages"),
-    "conversations": dict.fromkeys(SIDES[1:], "messages"), "transcripts": dict.fromkeys(SIDES[1:], "transcript"),
-    "prompt beside conversations": {"prompt": "text", "chosen": "messages", "rejected": "messages"},
-    "ShareGPT": {"conversations": "messages", "chosen": "messages", "rejected": "messages"},
-}  # fmt: skip
-SCORES = [("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen-rating", "rejected-rating")]
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
-ROLES |= {role: role for role in ("system", "developer", "user", "assistant", "tool")}
-CODED = r"""\s*(Human:|\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:)"""  # how a text with turns in it begins
-RAW = "{% for message in messages %}{{ message.content }}{% endfor %}"  # plain text's chat template
-PREPARED = {f"{side}_ids": datasets.List(datasets.Value("int32")) for side in SIDES}
-PREPARED |= dict.fromkeys((*SIDES, "pair_hash", "needed_tokens"), datasets.Value("int64"))  # SIDES: uncut tokens
-PREPARED |= {"dropped": datasets.Value("string")}  # why the pair is not used, or ""
-as_yaml = functools.partial(yaml.safe_dump, sort_keys=False, default_flow_style=None, allow_unicode=True, width=10**6)
+def finish(draft: Draft, remarks: list[str]) -> Job:
+    """The five objects of a job; what a library finds wrong with its own is a UserError too."""
+    # `accelerate launch` sets it from its file, and autocast would be on although bf16 is false
+    if not draft.values["bf16"] and not draft.values["fp16"]:
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    try:
+        # beta, loss_type, max_length, learning_rate, bf16, gradient_checkpointing and 140 more
+        training_args = DPOConfig(**pick(draft, DPOConfig))
+        return Job(
+            Settings(**pick(draft, Settings)),
+            ScriptArguments(**pick(draft, ScriptArguments)),
+            ModelConfig(**pick(draft, ModelConfig)),
+            training_args,
+            DatasetMixtureConfig(**pick(draft, DatasetMixtureConfig)),
+            remarks,
+            draft.layers,
+        )
+    except (ValueError, ImportError) as error:
+        raise UserError(f"settings: {error}") from error
 
 
-def recognise_layout(dataset, source: str) -> str:
-    """The layout of the columns, each judged by its first filled cell of the first 100 rows."""
-    found, names = {}, {str: "text", list: "messages", dict: "messages"}
-    for column, cells in dataset[:100].items():
-        cell = next(filter(None, cells), None)
-        found[column] = names.get(type(cell), type(cell).__name__)
-        if isinstance(cell, str) and (special := re.match(CODED, cell)) and column != "prompt":
-            found[column] = "transcript" if special[1] == "Human:" else "JSON in a text: parse it"
-    sides = {column: found[column] for column in ("conversations", *SIDES) if column in found}
-    if sides in LAYOUTS.values():
-        return next(layout for layout, kinds in LAYOUTS.items() if kinds == sides)
-    table = as_yaml({"columns found": found, **LAYOUTS})
-    raise UserError(f"{source}: the columns fit no known layout, or more than one; rename or remove some\n{table}")
+def pick(draft: Draft, part: type) -> dict[str, Any]:
+    """The values of one of the five parts."""
+    fields = dataclasses.fields(part)
+    return {field.name: draft.values[field.name] for field in fields if field.init}
 
 
-def read_turns(cell, column: str, kind: str) -> list[dict]:
-    r"""[{role, content, ...}] from such a list, {from, value}, "\n\nHuman: ...\n\nAssistant: ...", or a text."""
-    turns, names = [*cell] if isinstance(cell, list) else [cell], {"from": "role", "value": "content"}
-    if kind == "text":
-        turns = [{"role": "user" if column == "prompt" else "assistant", "content": cell}]
-    elif kind == "transcript":
-        parts = re.split(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):", str(cell))
-        turns = [{"role": name, "content": said.strip()} for name, said in zip(parts[1::2], parts[2::2])]
-    for i, turn in enumerate(turns):
-        turn = {names.get(key, key): turn[key] for key in turn} if isinstance(turn, dict) else {}
-        role, content = ROLES.get(str(turn.get("role")).lower()), "" if "tool_calls" in turn else None
-        turns[i] = {"content": content} | turn | {"role": role}
-        if role is None or not isinstance(turns[i]["content"], str):
-            raise ValueError(f"{column} holds {str(cell)[:200]}, not {kind} (roles: {', '.join(ROLES)})")
-    return turns
+def take_constants(draft: Draft) -> None:
+    """The constants at the top of this file; one that was added is the setting of that name."""
+    for constant in CONSTANT_NAMES:
+        if constant not in CONSTANTS:
+            draft.problems.append(f"constant {constant}: is missing; write `{constant} = ...`")
+    for constant, value in CONSTANTS.items():
+        name = CONSTANT_NAMES.get(constant, constant.lower())
+        draft.take(name, value, f"constant {constant}")
 
 
-def canonical_pair(row: dict, layout: str) -> tuple[list[dict], list[dict], list[dict], str]:
-    """Prompt, and chosen and rejected without it, as messages; and why the pair is dropped, or ""."""
-    *start, chosen, rejected = (read_turns(row.get(column), column, kind) for column, kind in LAYOUTS[layout].items())
-    repeats = layout == "prompt beside conversations" and any(
-        turns[0]["role"] != "assistant" for turns in (chosen, rejected) if turns)  # fmt: skip
-    prompt = start[0] if start and not repeats else []
-    if not prompt:  # what both conversations begin with, up to the last turn that is not the assistant's
-        shared = chosen[: common_prefix_length(chosen, rejected)]
-        while shared and shared[-1]["role"] == "assistant":
-            shared.pop()
-        prompt = shared if any(turn["role"] == "user" for turn in shared) else []
-    chosen, rejected = (side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in (chosen, rejected))
-    ends = [turns[-1] for turns in (prompt, chosen, rejected) if turns]
-    reasons = {"empty side": not all([chosen, rejected, *(t["content"].strip() or t.get("tool_calls") for t in ends)]),
-               "tied scores": any(row.get(a) not in (None, "") and row[a] == row.get(b) for a, b in SCORES),
-               "no final assistant turn": any(turn["role"] != "assistant" for turn in ends[-2:]),
-               "histories differ": not prompt}  # fmt: skip
-    return prompt, chosen, rejected, next(filter(reasons.get, reasons), "")
+def take_file_and_flags(draft: Draft, words: list[str]) -> None:
+    """The file after --config, then each flag with the words that belong to it."""
+    parser = SettingsParser(())
+    parser.add_argument("--config")
+    try:
+        known, words = parser.parse_known_args(words)
+    except UserError as error:
+        raise UserError(f"{error}: a file, such as configs/qwen3_8b_lora.yaml") from None
+    if known.config is not None:
+        take_file(draft, known.config)
+
+    flags = []
+    for word in words:
+        if re.match("--|-[a-z]", word) or not flags:
+            flags.append([])
+        flags[-1].append(word)
+    for flag in flags:
+        draft.take_flag(flag)
 
 
-def tokenize_pair(prompt: list, chosen: list, rejected: list, row: dict, tokenizer, raw: bool) -> list[list[int]]:
-    """Ids of the prompt, and of each answer up to its turn end or eos, from messages; raw ones without a template."""
-    tools, more = (json.loads(cell or "null") if isinstance(cell, str) else cell
-                   for cell in map(row.get, ("tools", "chat_template_kwargs")))  # fmt: skip
-    # Qwen3's empty think block belongs to the prompt unless an answer carries reasoning: the first that fits is taken
-    for thinking in ({"enable_thinking": False}, {}):
-        options = {"chat_template": RAW if raw else None, "tools": tools, "tokenize": False} | thinking
-        render = functools.partial(tokenizer.apply_chat_template, **options | (more or {}))
-        alone, *whole = render(prompt, add_generation_prompt=True), render(prompt + chosen), render(prompt + rejected)
-        if all(text.startswith(alone) for text in whole):
-            break
+def take_file(draft: Draft, path: str) -> None:
+    """The values of a YAML file; its `env` is set as `trl dpo` sets it."""
+    try:
+        # read from a text, yaml would quote lines in its errors, and a token may be in one
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        draft.problems.append(f"--config {path}: {reason}; give lines such as `beta: 0.1`")
+        return
+    if not isinstance(content, dict):
+        draft.problems.append(f"--config {path}: holds no lines such as `beta: 0.1`")
+        return
+    variables = content.pop("env", None) or {}
+    if isinstance(variables, dict):
+        set_environment(variables)
     else:
-        parted = min(common_prefix_length(alone, text) for text in whole)
-        shown = "\n  ".join(repr(text[max(0, parted - 80) : parted + 80]) for text in (alone, *whole))
-        raise ValueError("the chat template renders the prompt differently alone than with its answers; save a "
-                         f"chat_template.jinja that renders them alike beside the tokenizer:\n  {shown}")  # fmt: skip
-    encode = functools.partial(tokenizer, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    whole = [text if text.rstrip().endswith(special) else text + tokenizer.eos_token for text in whole]
-    # special tokens part a text, so of the prompt only what follows the last one is tokenized again for each answer
-    last = max([0, *map(alone.rfind, special)])
-    prompt, tail, *both = encode([alone, *(text[last:] for text in (alone, *whole))]).input_ids
-    # where tokens merge across the boundary, the answer is tokenized apart: in use, it starts with a new token
-    answers = [ids[len(tail) :] if ids[: len(tail)] == tail else encode(text[len(alone) :]).input_ids
-               for ids, text in zip(both, whole)]  # fmt: skip
-    bos = [token for token in tokenizer("").input_ids if raw and token == tokenizer.bos_token_id]
-    return [bos + prompt, *answers]  # a chat template writes its bos itself
+        draft.problems.append(f"{path}, env: must hold lines such as `WANDB_PROJECT: dpo`")
+    content.pop("made_from", None)  # of settings.yaml: what a run was made from
+    for name, value in content.items():
+        draft.take(str(name), value, path)
 
 
-def measure_pair(prompt: list[int], chosen: list[int], rejected: list[int], max_length: int | None) -> tuple:
-    """The last three columns of PREPARED, from token ids: hash, distinct tokens, why the pair is dropped or ""."""
-    first, second = ((prompt + answer)[:max_length] for answer in (chosen, rejected))
-    shared = min(common_prefix_length(first, second), len(first) - 1, len(second) - 1)  # never a row's last token
-    both = np.array([len(prompt), len(first), *first, *second], "<i4").tobytes()  # alike on every machine
-    pair_hash = int.from_bytes(hashlib.blake2b(both, digest_size=8).digest(), "little", signed=True)
-    reasons = {"chosen equals rejected": chosen == rejected,
-               "prompt leaves no room": len(prompt) >= (max_length or sys.maxsize),
-               "equal after truncation": first == second}  # fmt: skip
-    return pair_hash, len(first) + len(second) - shared, next(filter(reasons.get, reasons), "")
+def set_environment(variables: dict) -> None:
+    """Set the variables under `env:`, and say which come too late."""
+    for name, value in variables.items():
+        too_early = str(name).startswith(("HF_", "TRANSFORMERS_", "OMP_", "MKL_"))
+        if too_early and name != "HF_TOKEN" and os.environ.get(name) != str(value):
+            say(f"! env {name}: was read while the libraries loaded; set it in the shell instead")
+        os.environ[str(name)] = str(value)
 
 
-def prepare_pair(row: dict, index: int, layout: str, tokenizer, raw: bool, max_length: int | None) -> dict:
-    """A row as it was read to the columns PREPARED; a pair dropped before it is tokenized has no tokens."""
-    row = trl.trainer.utils.remove_none_values(row)  # arrow gives every struct of a column the keys of all of them
+def split_hint(hint: Any) -> dict[Any, tuple]:
+    """The types that a setting may have, each with what stands in its brackets."""
+    kinds = (hint,)
+    if get_origin(hint) in (Union, types.UnionType):
+        kinds = get_args(hint)
+    return {get_origin(kind) or kind: get_args(kind) for kind in kinds}
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """A value of YAML or of a constant as the type of its setting; ValueError where it is another.
+
+    YAML reads 5e-6 as a text, and `no` as false; one value may stand for a list of one.
+    """
+    kinds = split_hint(hint)
+    is_number = isinstance(value, (int, float, str)) and not isinstance(value, bool)
+    if isinstance(value, list) and list in kinds:
+        return [convert(item, kinds[list][0]) for item in value]
+    if isinstance(value, dict) and DatasetConfig in kinds:
+        return DatasetConfig(**value)
+    if type(value) in kinds or value in kinds.get(Literal, ()):
+        return value
+    if value is False and kinds.keys() & {IntervalStrategy, SaveStrategy}:
+        return "no"
+    if is_number and kinds.keys() & {int, float}:
+        return convert_number(value, is_whole=int in kinds)
+    if list in kinds and value is not None:
+        return [convert(value, kinds[list][0])]
+    raise ValueError(f"must be {describe_kinds(kinds)}")
+
+
+def convert_number(value: int | float | str, is_whole: bool) -> int | float:
+    """A number, or a text of one."""
+    number = float(value)
+    if not is_whole:
+        return number
+    if not number.is_integer():
+        raise ValueError("must be a whole number")
+    return int(number)
+
+
+def describe_kinds(kinds: dict[Any, tuple]) -> str:
+    """The types of split_hint in words."""
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        list: "a list",
+        dict: "a mapping",
+        Literal: "one of " + ", ".join(map(str, kinds.get(Literal, ()))),
+        types.NoneType: "null",
+    }
+    return " or ".join(words[kind] for kind in kinds if kind in words)
+
+
+def explain_unknown(name: str) -> str:
+    """Why a name is refused, and what was meant, where that is clear."""
+    name = name.removeprefix("--").replace("-", "_")
+    if name in NAMES_ELSEWHERE:
+        return f"is not a setting here; use {NAMES_ELSEWHERE[name]}"
+    close = difflib.get_close_matches(name, HINTS, n=1, cutoff=0.75)
+    if close:
+        return f"is not a setting; did you mean {close[0]}?"
+    return "is not a setting; `--help all` lists them"
+
+
+def let_layers_win(draft: Draft) -> None:
+    """A constant gives way to another setting of a file or a flag that says otherwise."""
+    for name, other in GIVES_WAY.items():
+        if draft.values[other] and draft.is_constant(name) and not draft.is_constant(other):
+            draft.values[name] = None
+
+
+def fill_in(draft: Draft) -> None:
+    """What follows from a setting on its own."""
+    values = draft.values
+    if not values["report_to"]:
+        values["report_to"] = "none"
+    if values["early_stopping_patience"] is not None:
+        values["load_best_model_at_end"] = True
+        values["metric_for_best_model"] = values["metric_for_best_model"] or "loss"
+    if values["hub_token"] is not None:
+        os.environ["HF_TOKEN"] = values["hub_token"]  # where the hub's library looks for it
+        values["hub_token"] = None
+    for name in ("model_name_or_path", "dataset_name", "output_dir", "ref_model_name_or_path"):
+        if values[name] is not None:
+            values[name] = os.path.expanduser(values[name])
+
+
+def unpack_mappings(draft: Draft) -> None:
+    """Read the mappings that a flag gives as a text: '{prompt: question}', or JSON."""
+    for name, value in draft.values.items():
+        is_mapping = dict in split_hint(HINTS[name]) and name not in UNSUPPORTED
+        if not is_mapping or not isinstance(value, str):
+            continue
+        try:
+            unpacked = yaml.safe_load(value)
+        except yaml.YAMLError:
+            unpacked = None
+        if isinstance(unpacked, dict):
+            draft.values[name] = unpacked
+        else:
+            draft.refuse(name, "must be a mapping such as '{name: value}'")
+
+
+def check_ranges(draft: Draft) -> None:
+    """Numbers that are out of their range, values that are no choice."""
+    values = draft.values
+    for name in ABOVE_ZERO:
+        if values[name] is not None and not 0 < values[name] < math.inf:
+            draft.refuse(name, "must be above 0")
+    for name in NOT_NEGATIVE:
+        if values[name] is not None and not 0 <= values[name] < math.inf:
+            draft.refuse(name, "must be 0 or more")
+    if values["max_steps"] == 0:
+        draft.refuse("max_steps", "would train one step; -1 trains whole epochs")
+    if not 0 <= values["lora_dropout"] < 1:
+        draft.refuse("lora_dropout", "must lie in [0, 1)")
+    if not 0 <= values["label_smoothing"] < 0.5:
+        draft.refuse("label_smoothing", "must lie in [0, 0.5)")
+    if values["ld_alpha"] is not None and not 0 <= values["ld_alpha"] <= 1:
+        draft.refuse("ld_alpha", "must lie in [0, 1]")
+
+
+def check_choices(draft: Draft) -> None:
+    """Values that are no choice of their setting; the parser compares those of flags alone."""
+    values = draft.values
+    for part in PARTS:
+        for field in dataclasses.fields(part):
+            choices = field.metadata.get("choices")
+            if choices is not None and values[field.name] not in (None, *choices):
+                draft.refuse(field.name, f"must be one of {', '.join(choices)}")
+
+
+def check_places(draft: Draft) -> None:
+    """Names that are empty, paths that are not there."""
+    values = draft.values
+    for name in ("model_name_or_path", "output_dir", "dtype"):
+        if not values[name]:
+            draft.refuse(name, "is empty; give a value")
+    if not values["dataset_name"] and not values["datasets"]:
+        draft.refuse("dataset_name", "is empty; give a hub name, a folder or a file")
+    for name in ("model_name_or_path", "dataset_name", "ref_model_name_or_path"):
+        path = values[name] or ""
+        is_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+        is_file = path.endswith((".jsonl", ".json", ".parquet", ".csv", ".tsv"))
+        if (is_local or is_file) and not os.path.exists(path):
+            draft.refuse(name, "there is no such file or folder; check the path")
+
+    folder = Path(values["output_dir"] or ".").absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        draft.refuse("output_dir", "is not a folder that can be written; choose another")
+
+
+def check_support(draft: Draft) -> None:
+    """Settings of TRL that would be ignored."""
+    values = draft.values
+    for name, reason in UNSUPPORTED.items():
+        if values[name] not in (None, "", draft.defaults[name]):
+            draft.refuse(name, f"{reason}; leave it out")
+    for name, (other, needed) in NEEDS.items():
+        is_given = values[name] and values[name] != draft.defaults[name]
+        is_used = values[other] == needed
+        if isinstance(values[other], list):
+            is_used = needed in values[other]
+        if is_given and not is_used:
+            draft.refuse(name, f"has no effect; add `{other}: {json.dumps(needed)}`")
+
+
+SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}  # losses that know label_smoothing
+
+
+def check_combinations(draft: Draft) -> None:
+    """Settings that do nothing beside others, or break what others promise."""
+    values = draft.values
+    if values["label_smoothing"] and not SMOOTHED & set(values["loss_type"]):
+        draft.refuse("label_smoothing", "loss_type ignores it; use robust, or leave it out")
+    if values["dataset_name"] and values["datasets"]:
+        draft.refuse("dataset_name", "there are `datasets:` too; leave one out")
+    if values["dataset_config"] and values["datasets"]:
+        draft.refuse("dataset_config", "is the `name:` of one of the `datasets:`")
+    if values["test_split_size"] and not values["datasets"]:
+        draft.refuse("test_split_size", "is for `datasets:`; use eval_pairs")
+    if values["save_total_limit"] is not None and values["save_total_limit"] < 2:
+        draft.refuse("save_total_limit", "must be 2 or more: a kill may break the newest one")
+    if values["hub_strategy"] in ("checkpoint", "all_checkpoints"):
+        draft.refuse("hub_strategy", "the run is uploaded once, at its end; leave it out")
+    # true is what happens anyway
+    if str(values["resume_from_checkpoint"]).lower() not in ("none", "true"):
+        draft.refuse(
+            "resume_from_checkpoint",
+            "the newest whole checkpoint in output_dir is continued; leave it out, or choose "
+            "another output_dir",
+        )
+    values["resume_from_checkpoint"] = None
+    if values["precompute_ref_log_probs"] and is_sharded():
+        draft.refuse(
+            "precompute_ref_log_probs", "needs a model in one piece, and the launcher shards it"
+        )
+
+
+def derive_batch(draft: Draft) -> None:
+    """Fill in what global_batch_size, batch per device and accumulation leave open."""
+    values = draft.values
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    size = max(1, values["per_device_train_batch_size"])
+    passes = values["gradient_accumulation_steps"]
+    total = values["global_batch_size"]
+    if values["per_device_eval_batch_size"] is None:
+        values["per_device_eval_batch_size"] = size
+    if total is None:
+        total = size * (passes or 1) * world
+    if passes is None:
+        passes = max(1, total // (size * world))
+    values["gradient_accumulation_steps"] = passes
+    values["global_batch_size"] = total
+    if total == size * passes * world:
+        return
+
+    fitting = [str(n) for n in range(1, 65) if total % (n * world) == 0]
+    advice = f"a global_batch_size that is a multiple of {world}"
+    if fitting:
+        advice = f"per_device_train_batch_size of {', '.join(fitting)}"
+    draft.refuse(
+        "global_batch_size",
+        f"is not {size} per device x {passes} accumulation x {world} processes; leave "
+        f"gradient_accumulation_steps out, and take {advice}",
+    )
+
+
+def check_packages(draft: Draft) -> None:
+    """Packages that are not in requirements.txt, because few need them."""
+    values = draft.values
+    if find_spec("bitsandbytes") is None:
+        for name in ("load_in_4bit", "load_in_8bit", "optim"):
+            if re.search("True|bnb|paged|lion|ademamix|8bit", str(values[name])):
+                draft.refuse(name, "needs `pip install bitsandbytes`")
+    trackers = convert(values["report_to"], list[str])
+    installed = get_available_reporting_integrations()
+    for tracker in sorted(set(trackers) - {"all", "none", *installed}):
+        draft.refuse("report_to", f"{tracker} is not installed; `pip install {tracker}`")
+
+
+def check_gpu(draft: Draft) -> list[str]:
+    """The GPU that a run needs; that there is none is a remark, returned, where nothing is run."""
+    values = draft.values
+    if values["use_cpu"]:
+        return []
+    if not torch.cuda.is_available():
+        lacking = explain_missing_gpu()
+        if values["dry_run"]:
+            values["use_cpu"] = True
+            return [lacking]
+        draft.problems.append(lacking)
+        return []
+    if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
+        draft.problems.append(
+            "several GPUs but one process; `accelerate launch --config_file "
+            "configs/accelerate/ddp.yaml dpotrainer.py`, or choose one: `CUDA_VISIBLE_DEVICES=0`"
+        )
+    if values["bf16"] and not torch.cuda.is_bf16_supported(including_emulation=False):
+        draft.refuse("bf16", "needs an Ampere GPU (2020); `--fp16 true --bf16 false`")
+    return []
+
+
+def explain_missing_gpu() -> str:
+    """Why torch finds no GPU, and what to do."""
+    advice = "`python dpotrainer.py --config configs/quickstart.yaml` runs anywhere"
     try:
-        *pair, reason = canonical_pair(row, layout)
-        ids = [[], [], []] if reason else tokenize_pair(*pair, row, tokenizer, raw)
-    except Exception as error:  # also jinja's, and whatever a template raises to refuse a conversation
-        raise ValueError(f"row {index + 1}: {error}") from error  # a class of ours would not come back from a worker
-    measured = (0, 0, reason) if reason else measure_pair(*ids, max_length)
-    return dict(zip(PREPARED, (*ids, *map(len, ids), *measured)))
+        shown = subprocess.run("nvidia-smi", capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        shown = ""
+    driver = re.search(r"Driver Version: ([\d.]+)", shown)
+    newest = re.search(r"CUDA.*? Version: (\d+)\.\d+", shown)
+    if driver is None or newest is None:
+        return f"no CUDA GPU here; {advice}"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return f"no CUDA GPU: CUDA_VISIBLE_DEVICES hides those that are here; {advice}"
+    found = f"no CUDA GPU: torch {torch.__version__}"
+    builds = "https://pytorch.org/get-started/previous-versions lists the builds"
+    needed = torch.version.cuda
+    if needed is None:
+        return f"{found} is built for CPUs, and the driver is {driver[1]}; {builds}"
+    # a driver runs all builds of its major version and of older ones
+    if int(newest[1]) < int(needed.partition(".")[0]):
+        return (
+            f"{found} is built for CUDA {needed}, and the driver, {driver[1]}, runs CUDA "
+            f"{newest[1]} at most: update the driver, or install torch for that CUDA, such as `pip "
+            f"install torch --index-url https://download.pytorch.org/whl/cu126`; {builds}"
+        )
+    return (
+        f"{found} cannot use what is here: `python -c 'import torch; torch.cuda.init()'` says why"
+    )
 
 
-def prepare_split(dataset, split: str, s: argparse.Namespace, tokenizer) -> tuple:
-    """One split, tokenized and without its bad pairs; and the report on it, with row numbers from 1."""
-    source = f"{s.dataset_name} ({split})"
-    layout = recognise_layout(dataset, source)
-    read = sorted({*LAYOUTS[layout], *sum(SCORES, ()), "tools", "chat_template_kwargs"}.intersection(dataset.features))
-    if not (tokenizer.chat_template or (layout == "standard" and not s.chat_strings)):
-        fix = "start from the instruct version, or save a chat_template.jinja beside the tokenizer"
-        raise UserError(f"{source} needs a chat template, and the tokenizer has none; {fix}")
-    given = {"layout": layout, "tokenizer": tokenizer, "raw": layout == "standard" and not s.chat_strings}
+def tell_other_versions() -> None:
+    """Say in one line which libraries are not those of requirements.txt beside this file."""
+    requirements = Path(__file__).with_name("requirements.txt")
+    if not requirements.exists():
+        return
+    others = []
+    for line in requirements.read_text("utf-8").split():
+        name, _, pinned = line.partition("==")
+        try:
+            installed = importlib.metadata.version(name).partition("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            installed = "missing"
+        if installed != pinned:
+            others.append(f"{name} {installed} (tested: {pinned})")
+    if others:
+        say(f"! {', '.join(others)}; `pip install -r {requirements}` installs what is tested")
+
+
+def flat_settings(job: Job) -> dict[str, Any]:
+    """What settings.yaml keeps: every setting as resolved, readable by --config again.
+
+    Without tokens, what this program does not honour, and what follows from the others.
+    """
+    left_out = {"gradient_accumulation_steps", "hub_token", "local_rank", "overwrite", "dry_run"}
+    left_out |= {*SAME, *UNSUPPORTED}
+    kept = {}
+    for part in job[: len(PARTS)]:
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if isinstance(value, Enum):
+                value = value.value
+            if field.init and field.name not in left_out:
+                kept[field.name] = value
+    kept["datasets"] = [dataclasses.asdict(dataset) for dataset in job.mixture_args.datasets]
+    return kept
+
+
+def print_help(draft: Draft, show_all: bool) -> None:
+    """The constants and our settings on a page; with `--help all` every setting."""
+    if show_all:
+        draft.parser.print_help()
+        return
+    print(__doc__.partition("\n\nOver pairs")[0])
+    print("\nConstants at the top of the file, and the settings that they are:\n")
+    for constant, name in CONSTANT_NAMES.items():
+        print(f"  {constant:<23}--{name} {CONSTANTS.get(constant)}")
+    print("\nWhat TRL has no name for:\n")
+    for field in dataclasses.fields(Settings):
+        lead = f"  --{field.name:<24}"
+        indent = " " * len(lead)
+        text = field.metadata["help"]
+        print(textwrap.fill(text, 79, initial_indent=lead, subsequent_indent=indent))
+    print("\nAll settings of TRL and transformers work too: `--help all` lists them.")
+
+
+# -------------------------------------------------------------------------------------- preferences
+class Preferences(NamedTuple):
+    """Tokenised pairs. Columns: prompt_ids, chosen_ids, rejected_ids (uncut, TRL's names);
+    prompt_tokens, chosen_tokens, rejected_tokens (their lengths); packed_tokens (distinct tokens of
+    the pair after the cut by max_length, its common prefix once); pair_hash (int64, of the ids
+    after the cut).
+    """
+
+    train: Dataset
+    held_out: Dataset | None
+    report: list[str]  # what was read, dropped and may be wrong, as lines for the screen
+
+
+def load_preferences(job: Job, tokenizer: PreTrainedTokenizerBase) -> Preferences:
+    """Read, check, tokenize and split. Raises UserError for what cannot be read."""
+    # the other processes find the work of the first in the cache
+    with global_then_local_main_first():
+        splits, remarks = read_splits(job)
+        prepared = []
+        for split, rows in splits.items():
+            try:
+                prepared.append(prepare_split(job, tokenizer, split, rows, remarks))
+            except UnicodeDecodeError as error:  # arrow finds it when a row is read, not before
+                raise UserError(explain_failure(name_source(job), error)) from error
+    train = prepared[0]
+    held_out = None
+    if len(prepared) > 1:
+        held_out = prepared[1]
+    else:
+        train, held_out = hold_out(job, train)
+    held_out_pairs = len(held_out or [])
+    source = name_source(job)
+    counts = f"{len(train):,} pairs to train on, {held_out_pairs:,} held out"
+    report = wrap("data", f"{source}: {counts}")
+    if held_out is not None:
+        in_both = len(set(train["pair_hash"][:]).intersection(held_out["pair_hash"][:]))
+        if in_both:
+            remarks += wrap("!", f"{in_both:,} of the held-out pairs are also trained on")
+    return Preferences(train, held_out, report + remarks)
+
+
+def name_source(job: Job) -> str:
+    """What the pairs were read from."""
+    if job.mixture_args.datasets:
+        return " + ".join(part.path for part in job.mixture_args.datasets)
+    return job.script_args.dataset_name
+
+
+def hold_out(job: Job, pairs: Dataset) -> tuple[Dataset, Dataset | None]:
+    """(train, held out): by the hashes of the pairs, so that equal ones stay on one side."""
+    # not through get_dataset: it draws anew in each process and each run
+    wanted = job.settings.eval_pairs
+    share = job.mixture_args.test_split_size
+    if share is not None:
+        wanted = math.ceil(share * len(pairs)) if share < 1 else int(share)
+    wanted = min(wanted, len(pairs) // 5)
+    key = np.random.default_rng(job.training_args.seed).integers(-(2**63), 2**63)
+    drawn = np.array(pairs["pair_hash"][:]) ^ key
+    is_held_out = drawn < np.sort(drawn)[wanted]
+    if not is_held_out.any():
+        return pairs, None
+    train = pairs.select(np.flatnonzero(~is_held_out))
+    return train, pairs.select(np.flatnonzero(is_held_out))
+
+
+# ---- files and hub names
+FORMATS = {  # endings: the reader of `datasets`, and its options
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".ndjson": ("json", {}),
+    ".parquet": ("parquet", {}),
+    ".arrow": ("arrow", {}),
+    ".csv": ("csv", {"sep": ","}),
+    ".tsv": ("csv", {"sep": "\t"}),
+}
+HUB_SECONDS = 5  # until the hub must have answered
+
+
+def read_splits(job: Job) -> tuple[dict[str, Dataset], list[str]]:
+    """{split: rows}, the first to train on, the second, if any, held out; and what was left out."""
     try:
-        table = dataset.select_columns(read).map(
-            prepare_pair, with_indices=True, remove_columns=read, features=datasets.Features(PREPARED),
-            fn_kwargs=given | {"max_length": s.max_length}, desc=f"Tokenizing {split}",
-            num_proc=s.dataset_num_proc or (min(8, os.cpu_count()) if len(dataset) > 5000 else None))  # fmt: skip
-    except ValueError as error:
-        raise UserError(f"{source}, {error}") from None
-    counts = table.select_columns([*SIDES, "dropped"]).to_pandas()
-    rows = counts.groupby("dropped").indices
-    good = rows.pop("", np.array([], int))
-    unread = sorted({*dataset.features}.difference(read))
-    report = {"layout": layout, "columns not read": unread, "read": len(table), "kept": len(good)}
-    report["dropped"] = {reason: len(bad) for reason, bad in rows.items()}
-    report["first rows of them"] = {reason: (bad[:5] + 1).tolist() for reason, bad in rows.items()}
-    if len(good) * 2 < len(table):
-        raise UserError(f"{source}: too few pairs can be used\n{as_yaml(report)}")
-    pairs, whole = table.select(good).remove_columns("dropped"), counts[SIDES[1:]].add(counts["prompt"], axis=0).values
-    report["duplicates"] = len(pairs) - len({*pairs["pair_hash"]})
-    report["share of answers cut"] = round(float((whole[good] > (s.max_length or np.inf)).mean()), 4)
-    report["max_length that cuts less than 1%"] = int(np.quantile(whole[whole > 0], 0.99, method="higher"))
-    return pairs, report
+        if job.mixture_args.datasets:
+            for part in job.mixture_args.datasets:
+                check_hub(part.path)
+            whole = dataclasses.replace(job.mixture_args, test_split_size=None)
+            found = trl.get_dataset(whole)
+            return dict(found), []
+        found = read_source(job.script_args.dataset_name, job.script_args.dataset_config)
+    except UserError:
+        raise
+    except Exception as error:  # the network's, the hub's, arrow's, pandas'
+        raise UserError(explain_failure(name_source(job), error)) from error
+    return choose_splits(job.script_args, found)
+
+
+def read_source(name: str, config: str | None) -> dict[str, Dataset]:
+    """{split: rows} of a file, a folder or a hub name."""
+    path = Path(name)
+    if path.is_file():
+        ending = find_ending(path)
+        if ending not in FORMATS:
+            raise UserError(f"dataset_name={name}: files end in {', '.join(FORMATS)} (or .gz)")
+        if path.stat().st_size == 0:
+            raise UserError(f"dataset_name={name}: the file is empty")
+        reader, options = FORMATS[ending]
+        options = read_as_text(path, options)
+        # a bracket in a name would be a pattern
+        return datasets.load_dataset(reader, data_files=glob.escape(name), **options)
+    if not path.is_dir():
+        check_hub(name)
+        return datasets.load_dataset(name, config)
+    if (path / "dataset_dict.json").exists():
+        return datasets.load_from_disk(name)
+    if (path / "state.json").exists():
+        return {"train": datasets.load_from_disk(name)}
+    files = [file for file in sorted(path.rglob("*.*")) if find_ending(file) in FORMATS]
+    endings = {find_ending(file) for file in files}
+    if not endings:
+        raise UserError(f"dataset_name={name}: no file of the folder ends in {', '.join(FORMATS)}")
+    if glob.escape(name) != name:
+        raise UserError(
+            f"dataset_name={name}: `datasets` takes brackets in a folder's name for a pattern; "
+            "rename the folder, or name a file in it"
+        )
+    options = {}
+    if endings in ({".csv"}, {".tsv"}):
+        options = read_as_text(files[0], FORMATS[endings.pop()][1])
+    return datasets.load_dataset(name, config, **options)
+
+
+def find_ending(path: Path) -> str:
+    """The ending that says the format, also of a compressed file."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def read_as_text(path: Path, options: dict) -> dict:
+    """Options with which a table of `path` is read as text: "None" and "007" are answers."""
+    if "sep" not in options:
+        return options
+    names = pd.read_csv(path, nrows=0, **options).columns
+    features = datasets.Features({name: datasets.Value("string") for name in names})
+    return {**options, "keep_default_na": False, "features": features}
+
+
+def check_hub(name: str) -> None:
+    """Go offline where the hub does not answer soon: what is cached is used, nothing waits."""
+    if os.path.exists(name) or huggingface_hub.is_offline_mode():
+        return
+    answers = []
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):  # whatever it is, there is no answer
+            endpoint = huggingface_hub.constants.ENDPOINT
+            answers.append(huggingface_hub.get_session().head(endpoint, timeout=HUB_SECONDS))
+
+    # in a thread, as looking up the host's address knows no time limit
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_SECONDS)
+    if not answers:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        datasets.config.HF_HUB_OFFLINE = True
+
+
+def explain_failure(name: str, error: Exception) -> str:
+    """Why a source cannot be read, and what to do."""
+    message = f"dataset_name={name} cannot be read: "
+    path = Path(name)
+    if path.exists():
+        return message + (find_bad_row(path) or first_line(error.__cause__ or error))
+    message += first_line(error)
+    if huggingface_hub.is_offline_mode():
+        endpoint = huggingface_hub.constants.ENDPOINT
+        message += (
+            f"\n{endpoint} cannot be reached; ways out: a mirror (`export "
+            "HF_ENDPOINT=https://hf-mirror.com`), or a local file or folder as dataset_name"
+        )
+    return f"{message}\n{HUB_ADVICE}"
 
 
 def find_bad_row(path: Path) -> str:
-    """Where the JSON file at `path`, or one in the folder, is broken; empty when none is."""
-    for file in [path] if re.search(r"\.jsonl?$", path.name) else sorted(path.rglob("*.json*")):
-        text = file.read_bytes()
-        for number, line in enumerate([text] if re.match(rb"\s*(\[|\{\s*\n)", text) else text.splitlines(), 1):
-            try:
-                json.loads(line.strip() or "{}")
-            except ValueError as error:
-                return f"{file}, row {number}: {error}"
+    """Where a text file at `path`, or in that folder, is broken; "" where none is."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(path.rglob("*.*"))
+    for file in files:
+        if file.suffix.lower() not in FORMATS or file.suffix.lower() in (".parquet", ".arrow"):
+            continue
+        content = file.read_bytes()
+        is_one_value = file.suffix.lower() == ".json" and re.match(rb"\s*(\[|\{\s*\n)", content)
+        lines = [content] if is_one_value else content.splitlines()
+        problem = find_bad_line(lines, is_json="json" in file.suffix)
+        if problem:
+            return f"{file}, {problem}"
     return ""
 
 
-def read_splits(s: argparse.Namespace) -> dict:
-    """{split name: data set}: the one to train on and, where there is one, the one held out."""
-    name, path, splits = s.dataset_name, Path(s.dataset_name), (s.dataset_train_split, s.dataset_test_split)
-    kind = path.suffix[1:].lower().removesuffix("l") if path.is_file() else None  # json reads jsonl too
-    kinds = {kind, *(file.suffix[1:] for file in path.rglob("*.*"))} & {"csv", "json", "jsonl", "parquet"}
-    options = {"keep_default_na": False} if kinds == {"csv"} else {}  # an answer "None" is text
-    try:
-        found = datasets.load_dataset(path=kind or name, name=s.dataset_config, data_files=kind and name, **options)
-    except Exception as error:  # the network's, the hub's, arrow's, pandas'
-        fix = "a hub name: check it, network and `hf auth login`; local files are jsonl, json, parquet or csv"
+def find_bad_line(lines: list[bytes], is_json: bool) -> str:
+    """The first line that is not UTF-8, not JSON, or has other keys than the first; or ""."""
+    keys = None
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            return f"row {number}: it is not UTF-8; save it as UTF-8"
+        if not is_json or not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except ValueError as error:
+            return f"row {number}: {error}"
+        if not isinstance(row, dict):
+            continue
+        if keys is not None and set(row) != keys:
+            others = ", ".join(sorted(keys.symmetric_difference(row)))
+            return f"row {number}: {others} is not in every row; give all rows the same keys"
+        keys = set(row)
+    return ""
+
+
+def choose_splits(
+    script_args: ScriptArguments, found: dict[str, Dataset]
+) -> tuple[dict[str, Dataset], list[str]]:
+    """The split to train on and the one held out, if any; and a line on those that are not read."""
+    train = script_args.dataset_train_split
+    test = script_args.dataset_test_split
+    if train not in found:
+        train = f"{train}_prefs"  # HuggingFaceH4's names
+    tests = [test, f"{test}_prefs"]
+    if test == "test":
+        tests.append("validation")
+    usable_tests = [name for name in tests if name in found and name != train]
+    if train not in found or (test != "test" and not usable_tests):
         raise UserError(
-            f"The data set {name} cannot be read: {find_bad_row(path) or repr(error.__cause__ or error)}\n{fix}"
-        ) from error
-    train, test = (split if split in found else f"{split}_prefs" for split in splits)  # HuggingFaceH4's names
-    if train not in found or test not in {*found, "test_prefs"}:
-        fix = f"not both dataset_train_split ({splits[0]}) and dataset_test_split ({splits[1]})"
-        raise UserError(f"The data set {name} has the splits {', '.join(found)}, but {fix}")
-    return {split: found[split] for split in (train, test) if split in found}
+            f"dataset_name={script_args.dataset_name}: has the splits {', '.join(found)}, but not "
+            f"both dataset_train_split={script_args.dataset_train_split} and "
+            f"dataset_test_split={test}"
+        )
+    chosen = {train: found[train]}
+    if usable_tests:
+        chosen[usable_tests[0]] = found[usable_tests[0]]
+    unread = [f"{name} ({len(rows):,} rows)" for name, rows in found.items() if name not in chosen]
+    if not unread:
+        return chosen, []
+    return chosen, wrap("!", f"splits that are not read: {', '.join(unread)}")
 
 
-def load_preferences(s: argparse.Namespace, tokenizer) -> tuple:
-    """(train, held_out or None, report): the pairs, read, checked, tokenized to the columns PREPARED, and split."""
-    with trl.trainer.utils.global_then_local_main_first():  # the other processes find the main one's work in the cache
-        parts = {split: prepare_split(data, split, s, tokenizer) for split, data in read_splits(s).items()}
-    train, held_out, *_ = *(pairs for pairs, _ in parts.values()), None
-    if held_out is None:  # a fifth at most; picked by their hashes, equal pairs stay on one side
-        drawn = np.array(train["pair_hash"][:]) ^ np.random.default_rng(s.seed).integers(-(2**63), 2**63)
-        held = drawn < np.sort(drawn)[min(s.eval_pairs, len(train) // 5)]
-        train, held_out = train.select(np.flatnonzero(~held)), train.select(np.flatnonzero(held)) or None
-    both = len({*train["pair_hash"]}.intersection(held_out["pair_hash"] if held_out else []))
-    counts = f"{s.dataset_name}, {len(train)} pairs to train on, {len(held_out or [])} held out, {both} in both"
-    return train, held_out, {"data": counts, "splits": {split: report for split, (_, report) in parts.items()}}
+# ---- columns
+SIDES = ("prompt", "chosen", "rejected")
+ROLES_OF_COLUMNS = (*SIDES, "system", "tools")
+CONVERSATIONS = ("messages", "conversations", "conversation")  # the prompt where there is none
+SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen-rating", "rejected-rating"),
+    ("chosen_rating", "rejected_rating"),
+    ("rating_chosen", "rating_rejected"),
+)
+# what other programs call the same; a refusal ends with the setting that fits
+OTHER_NAMES = {
+    "prompt": "question instruction query input input.messages context user_input problem",
+    "chosen": "response_j chosen_response response_chosen preferred_output preferred accepted "
+    "better chosen_answer answer_chosen good positive win",
+    "rejected": "response_k rejected_response response_rejected non_preferred_output dispreferred "
+    "non_preferred rejected_answer answer_rejected worse bad negative lose",
+    "system": "system_prompt sys",
+    "tools": "input.tools",
+}
+# columns that may belong to the prompt; left out, the model would see half of the question
+LIKE_A_PROMPT = set(
+    "query question input instruction history context system system_prompt prompt documents images "
+    "image videos audios tools".split()
+)
 
 
-def describe_pair(tokenizer, pair: dict, max_length: int | None) -> str:
-    """One pair as the model sees it, special tokens and all; long texts are shortened in the middle."""
-    lines, room = [], max_length or sys.maxsize
-    for side in SIDES:
-        ids = pair[f"{side}_ids"]
-        text = re.sub(r"(?s)^(.{320}).+(.{160})$", r"\1 [...] \2", tokenizer.decode(ids[:room]))
-        cut = f" | {len(ids) - room} tokens cut by max_length {max_length}" * (len(ids) > room)
-        lines.append(f"{side:<9}{len(ids):>6} tokens  {text!r}{cut}")
-        room -= len(ids) * (side == "prompt")
-    return "\n".join(lines)
+def find_columns(rows: Dataset, given: dict | None, source: str) -> dict[str, str]:
+    """{our name: column, or path into a struct}. Raises UserError where a side has none."""
+    given = given or {}
+    names = rows.column_names
+    sample = rows[: min(100, len(rows))]
+    for ours, path in given.items():
+        if ours not in ROLES_OF_COLUMNS:
+            raise UserError(f"columns: {ours} is none of {', '.join(ROLES_OF_COLUMNS)}")
+        is_column = path in names or path.partition(".")[0] in names
+        if not is_column or not has_cells(sample, path):
+            raise UserError(
+                f"columns: {source} has no {path} for {ours}; it has {', '.join(names)}"
+            )
+    columns = {ours: ours for ours in ROLES_OF_COLUMNS if ours in names} | given
+    conversation = [name for name in CONVERSATIONS if name in names and name not in given.values()]
+    if conversation:
+        columns["conversation"] = conversation[0]
+    answers = [read_cells(sample, columns[side]) for side in SIDES[1:] if side in columns]
+    if len(answers) < 2:
+        raise UserError(explain_columns(sample, source, columns))
+    has_prompt = "prompt" in columns or "conversation" in columns
+    is_alone = all(isinstance(cell, str) and not is_encoded(cell) for cell in answers[0])
+    if not has_prompt and is_alone:
+        raise UserError(explain_columns(sample, source, columns))
+    if any(isinstance(cell, list) and cell and isinstance(cell[0], str) for cell in answers[1]):
+        raise UserError(
+            f"{source}: rejected holds several answers; one pair for each of them is five lines, "
+            'in the README under "Your own data"'
+        )
+    return columns
 
 
-# ------------------------------------------------------------------------------------------------ policy and reference
-REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's names of the reference's log-probs in a batch, in nats
-PAIR_METRICS = ("loss", *(f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")),
-                "logps/chosen", "logps/rejected")  # fmt: skip
-BOUNDS = ("rewards/accuracies_low", "rewards/accuracies_high")
+def has_cells(sample: dict[str, list], path: str) -> bool:
+    """Whether some cell at `path` is filled."""
+    return any(cell not in (None, []) for cell in read_cells(sample, path))
 
 
-def load_start(s: argparse.Namespace) -> argparse.Namespace:
-    """What a run starts from: config, tokenizer, adapter (None unless the model is one), kind of reference."""
-    name, own = s.model_name_or_path, {"revision": s.model_revision}
-    try:
-        adapter = find_adapter_config_file(name, **own) and peft.PeftConfig.from_pretrained(name, **own)
-        base, its = (adapter.base_model_name_or_path, {"revision": adapter.revision}) if adapter else (name, own)
-        config = transformers.AutoConfig.from_pretrained(base, **its, trust_remote_code=False)
-        bare = os.path.isdir(name) and not Path(name, "tokenizer_config.json").exists()
-        source, its = (base, its) if bare else (name, own)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **its, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        fix = "check its spelling and the network; a gated or private one needs `hf auth login`"
-        raise UserError(f"model_name_or_path={name}: {str(error).strip().splitlines()[0]}; {fix}") from error
-    places = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
-    if (s.max_length or 0) > places:
-        raise UserError(f"max_length={s.max_length}: {name} has positions for {places} tokens; lower it")
-    if not adapter and (s.reference == "adapter" or s.fresh_adapter):
-        raise UserError(f"{name} is no adapter; leave `reference: adapter` and `fresh_adapter` out")
-    if adapter and adapter.is_prompt_learning:
-        raise UserError(f"{name} is a prompt-learning adapter; start from its base, or from a LoRA")
-    tokenizer.pad_token = s.pad_token or tokenizer.pad_token or tokenizer.eos_token
-    continues = bool(adapter) and not s.fresh_adapter
-    kind = "adapter" if continues and s.reference == "auto" else s.reference
-    told = {"auto": "the policy with its adapter switched off", "adapter": "a frozen copy of the starting adapter",
-            "copy": f"a second, frozen model ({s.ref_model_name_or_path or name})"}  # fmt: skip
-    return argparse.Namespace(config=config, tokenizer=tokenizer, adapter=adapter and name, continues=continues,
-                              reference=kind, told=told[kind])  # fmt: skip
+def read_cells(sample: dict[str, list], path: str) -> list:
+    """The cells at `path` in a batch of rows."""
+    if path in sample:
+        return sample[path]
+    head, _, rest = path.partition(".")
+    return [dig(cell, rest) for cell in sample[head]]
 
 
-def load_model(s, args, name: str, trainable: bool = False) -> tuple:
-    """(The model, or an adapter on top of its base, on this process's one device; the causal LM in it)."""
-    revision = s.model_revision if name == s.model_name_or_path else None
-    options = {"dtype": s.dtype, "attn_implementation": s.attn_implementation, "trust_remote_code": False,
-               "use_safetensors": True, "quantization_config": trl.get_quantization_config(s)}  # fmt: skip
-    options |= {"device_map": {"": args.device}} if args.device.type == "cuda" and not is_sharded() else {}
-    kind, adapter = transformers.AutoModelForCausalLM, find_adapter_config_file(name, revision=revision)
-    if adapter:
-        kind, options["is_trainable"] = peft.AutoPeftModelForCausalLM, trainable
-    model = kind.from_pretrained(name, revision=revision, **options)
-    causal_lm = model.get_base_model() if adapter else model
-    if why_not_shared(causal_lm, s) is None:
-        share_prefixes(causal_lm)
-    return model, causal_lm
+def dig(cell: Any, path: str) -> Any:
+    """What lies at a dotted path in a struct; None where there is no such place."""
+    for key in path.split("."):
+        if not isinstance(cell, dict):
+            return None
+        cell = cell.get(key)
+    return cell
 
 
-def build_trainer(s, args, start, train, held_out) -> "PreferenceTrainer":
-    """Policy, reference and pairs in a trainer; without `ref_model` it switches the adapter off, or copies it."""
-    policy, causal_lm = load_model(s, args, s.model_name_or_path, trainable=start.continues)
-    other = s.ref_model_name_or_path or s.model_name_or_path
-    reference = load_model(s, args, other)[1] if start.reference == "copy" else None
-    lora = None if start.continues else replace(trl.get_peft_config(s), revision=s.model_revision)
-    if s.fresh_adapter:  # its base is the merged model
-        policy = policy.merge_and_unload()
-        policy.name_or_path = f"{s.output_dir}/base"
-        for part in (policy, start.tokenizer) if is_main() else ():
-            part.save_pretrained(policy.name_or_path)
-    shared = {model.config._attn_implementation for model in (causal_lm, reference) if model} == {"shared_prefixes"}
-    trainer = PreferenceTrainer(
-        policy, reference, args, PreferenceCollator(start.tokenizer.pad_token_id, s.max_length, share_prefixes=shared),
-        train, held_out, start.tokenizer, compute_metrics=pair_metrics, peft_config=lora,
-    )  # fmt: skip
-    trainer.precompute_ref_logps = True  # every batch brings them
-    if not is_sharded():  # TRL makes QLoRA's bf16, which rounds most steps of a learning rate of 5e-6 away
-        peft.tuners.tuners_utils.cast_adapter_dtype(trainer.model, "default")
-    for module in trainer.model.modules():
-        if args.bf16 and args.device.type == "cuda":  # PEFT casts up and autocast down again: lossless, not free
-            module.cast_input_dtype_enabled = False
-        if s.torch_compile and isinstance(module, transformers.modeling_layers.GradientCheckpointingLayer):
-            module.compile(backend=s.torch_compile_backend or "inductor", mode=s.torch_compile_mode, dynamic=True)
-    return trainer
+def explain_columns(sample: dict[str, list], source: str, columns: dict[str, str]) -> str:
+    """Why the columns are no pairs: unpaired, many answers a row, or called by other names."""
+    names = set(sample)
+    missing = [side for side in SIDES if side not in columns]
+    message = f"{source}: no column is {' or '.join(missing)}; it has {', '.join(sample)}"
+    if names & {"winner", "better_response_id", "preference", "choice", "winner_model_a"}:
+        return (
+            f'{message}\na winner column: README, "Your own data", makes pairs of it in five lines'
+        )
+    if "label" in names and len(missing) > 1:
+        return f"{message}\nunpaired answers with labels are for `trl kto`"
+    fitting = dict(columns)
+    fitting.pop("conversation", None)
+    for ours, others in OTHER_NAMES.items():
+        for name in others.split():
+            is_there = name in sample or ("." in name and name.partition(".")[0] in sample)
+            if ours not in columns and is_there and has_cells(sample, name):
+                fitting[ours] = name
+    if set(SIDES) <= set(fitting):
+        changed = {ours: path for ours, path in fitting.items() if ours != path}
+        return f"{message}\nthis may fit: --columns '{json.dumps(changed)}'"
+    example = '{"prompt": "question", "chosen": "good", "rejected": "bad"}'
+    return f"{message}\nsay which columns hold what: --columns '{example}'"
 
 
-class BalancedSampler(torch.utils.data.DistributedSampler):
-    """Random order in whole steps, an epoch's last one filled up with pairs from its start. The passes of a step have
-    alike much to do, so that no process waits long; which pairs it has does not depend on the number of processes."""
-
-    def __init__(self, needed: np.ndarray, size: int, passes: int, seed: int):
-        self.needed, self.shape = needed, (math.ceil(len(needed) / (size * passes)), size, passes)
-        super().__init__(range(math.prod(self.shape)), num_replicas=1, rank=0, seed=seed)  # for set_epoch, __len__
-
-    def __iter__(self):
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.needed))
-        for pairs in np.resize(order, self.shape):
-            ranked = pairs.flat[np.argsort(-self.needed[pairs], axis=None, kind="stable")].reshape(pairs.shape)
-            hands = ranked[:0].T
-            for row in ranked:  # the largest to who has least so far
-                hands = np.c_[hands[np.argsort(self.needed[hands].sum(1), kind="stable")], row]
-            yield from hands.flatten().tolist()  # accelerate gives pass k to process k mod their number
-
-
-class PreferenceTrainer(trl.DPOTrainer):
-    """trl.DPOTrainer on tokenised pairs, with an exact evaluation, and checkpoints that are whole or do not count."""
-
-    def _prepare_dataset(self, dataset, *_):
-        return dataset  # load_preferences has tokenised and checked it
-
-    def get_train_dataloader(self):
-        loader, args, needed = super().get_train_dataloader(), self.args, np.array(self.train_dataset["needed_tokens"])
-        passes = args.gradient_accumulation_steps * args.world_size
-        seed = args.seed if args.data_seed is None else args.data_seed
-        # set into all layers of the loader, or a run that two processes resume in its second epoch has another order
-        loader.set_sampler(BalancedSampler(needed, args.per_device_train_batch_size, passes, seed))
-        loader.dataset.total_dataset_length = len(loader.get_sampler())  # else accelerate cuts the last step's sums
-        return loader
-
-    def _run_epoch(self, **kwargs):
-        if self.state.global_step < self.state.max_steps:  # transformers looks only after a step
-            super()._run_epoch(**kwargs)
-
-    def _prepare_inputs(self, inputs):
-        """The batch on this device, with the reference's log-probs, (B,) each, unless the cache has put them there."""
-        inputs = super()._prepare_inputs(inputs)
-        if REFERENCE[0] not in inputs:
-            inputs |= zip(REFERENCE, self.compute_ref_log_probs(self.ref_model or self.model, inputs))
-        return inputs
-
-    def require_finite(self, value, what: str, inputs: dict) -> None:
-        if not math.isfinite(value):
-            text = f"the {what} is not finite at step {self.state.global_step + 1}, the last checkpoint is kept: " \
-                f"lower learning_rate ({self.args.learning_rate:g}), raise beta, or use bf16, not fp16"  # fmt: skip
-            rows = [row[:60] for row in inputs["input_ids"].chunk(2)[0].tolist()] if inputs else []
-            raise UserError("\n  ".join([text, *map(repr, self.processing_class.batch_decode(rows))]), status=1)
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        self.require_finite(loss.detach(), "loss", inputs)
-        self._metrics["train"]["loss"].append(self.accelerator.gather(loss.detach()).mean().item())
-        return loss
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        norm = super()._get_grad_norm(model, grad_norm)
-        if self.accelerator.scaler is None:  # fp16's looks for an overflow itself, and skips that step
-            self.require_finite(norm, "gradient", {})
-        return norm
-
-    @torch.no_grad()
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """(B, 7) in place of logits: TRL's PAIR_METRICS of each pair alone, from the model's output for all. Trainer
-        gathers them without the pairs that only fill up the last batch; TRL would log means of batch means."""
-        inputs, alone, same = self._prepare_inputs(inputs), copy.copy(self), lambda values: values
-        alone.accelerator = argparse.Namespace(device=self.args.device, gather=same, gather_for_metrics=same)
-        alone._metrics = {"eval": self._metrics["eval"].copy()}  # which is empty
-        alone.aux_loss_enabled = False  # a router's loss is of a batch
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        passed = {name: v for name, v in inputs.items() if name not in ("completion_mask", *REFERENCE)}
-        with self.compute_loss_context_manager():
-            output = model(**passed, labels=labels, use_cache=False, fused_lm_head=True)
-        rows = {name: value.unflatten(0, (-1, len(inputs[REFERENCE[0]])))  # (1 or 2, B, ...)
-                for name, value in (inputs | output).items() if torch.is_tensor(value) and value.ndim}  # fmt: skip
-        for i in range(len(inputs[REFERENCE[0]])):
-            pair = {name: value[:, i] for name, value in rows.items()}
-            loss = alone._compute_loss(lambda pair=pair, **_: argparse.Namespace(**pair), pair, False)
-            alone._metrics["eval"]["loss"].append(loss.item())
-        scores = torch.tensor([alone._metrics["eval"][name] for name in PAIR_METRICS], device=self.args.device).T
-        return None, scores, scores[:, :1]
-
-    def _save_checkpoint(self, model, trial):
-        """A checkpoint is whole once its manifest, written last, lists every file."""
-        averages = self._total_train_tokens, self.args.gradient_accumulation_steps, dict(self._metrics["train"])
-        self.state.stateful_callbacks["averages"] = averages
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if is_main():
-            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-            write_file(folder / MANIFEST, json.dumps(digest_files(folder), indent=1).encode())
-
-    def save_model(self, output_dir=None, _internal_call=False):
-        """The adapter alone, gathered where FSDP shards it: transformers would gather all weights, or none."""
-        if not self.is_fsdp_enabled:
-            return super().save_model(output_dir, _internal_call)
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        self._save(output_dir, get_model_state_dict(self.model, options=options))
+# ---- one row: cells to turns, turns to a pair
+ROLES = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function": "tool",
+}
+ROLES |= {role: role for role in ("system", "developer", "user", "assistant", "tool")}
+KEYS = {"from": "role", "value": "content", "text": "content"}
+TRANSCRIPT = re.compile(r"\s*Human:.*\n\r?\nAssistant:", re.DOTALL)
+CODED = re.compile(r"""\s*\[?\s*\{\s*['"](role|content|from|value)['"]\s*:""")
+INVISIBLE = dict.fromkeys([0xAD, *range(0x200B, 0x2010), 0x2060, 0xFEFF])
 
 
-def pair_metrics(scores) -> dict[str, float]:
-    """Means over the held-out pairs, each counted once; accuracies with their 95% interval (Wilson, 1927)."""
-    means = pd.DataFrame(scores.predictions, columns=PAIR_METRICS, dtype=float).mean().to_dict()
-    p, spread = means["rewards/accuracies"], 1.96**2 / len(scores.predictions)
-    low, high = sorted(np.roots([1 + spread, -2 * p - spread, p * p]).tolist())  # (q - p)^2 = spread * q * (1 - q)
-    return means | dict(zip(BOUNDS, (min(low, p), max(high, p))))
+def is_encoded(text: str) -> bool:
+    """Whether a text holds turns: a transcript, or messages as JSON."""
+    return bool(TRANSCRIPT.match(text) or CODED.match(text))
 
 
-def cache_reference(trainer: PreferenceTrainer, s) -> None:
-    """The reference's log-probs as columns, from a file that runs share; what it lacks is computed, and kept in it."""
-    train, held_out = trainer.train_dataset, trainer.eval_dataset or trainer.train_dataset.select([])
-    pairs = datasets.concatenate_datasets([train, held_out])
-    hashes, first, place = np.unique(pairs["pair_hash"], return_index=True, return_inverse=True)
-    model = trainer.ref_model or trainer.model
-    weights = {name: torch.hash_tensor(weight.cpu()).item() for name, weight in model.state_dict().items()
-               if ".default." not in name}  # the adapter that is trained  # fmt: skip
-    what = repr([hashes.tolist(), weights, model.config.to_json_string(), s.ld_alpha, s.bf16, s.fp16])
-    key = hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
-    path = Path(datasets.config.HF_CACHE_HOME, "dpotrainer", f"reference-{key}")
-    known = None
-    if is_main():  # its file is (N, 2) float32, nats of N pairs by order of their hashes; not known if not below 0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()  # never emptied: another run may be filling it
-        known = np.memmap(path, "<f4", "r+", shape=(len(hashes), 2))
-    (known,) = accelerate.utils.broadcast_object_list([known])
-    todo = np.flatnonzero(~(known < 0).all(1))
-    say(f"reference log-probs: {len(hashes) - len(todo)} of {len(hashes)} pairs are in {path}")
-    size = s.precompute_ref_batch_size or s.per_device_eval_batch_size
-    loader = torch.utils.data.DataLoader(pairs.select(first[todo]), size, collate_fn=trainer.data_collator)
-    for batch in tqdm(trainer.accelerator.prepare(loader), desc="reference", disable=not is_main() or None):
-        batch = trainer._prepare_inputs(batch)
-        logps = torch.stack([batch[name] for name in REFERENCE], dim=1)
-        trainer.require_finite(logps.sum(), "reference's log-prob", batch)
-        logps = trainer.accelerator.gather_for_metrics(logps).cpu()
-        known[todo[: len(logps)]], todo = logps, todo[len(logps) :]
-        known.flush()  # a kill costs one batch
-    for name, values in zip(REFERENCE, known[place].T):
-        pairs = pairs.add_column(name, values)
-    trainer.train_dataset = pairs.take(len(train))
-    trainer.eval_dataset = pairs.select(np.arange(len(train), len(pairs)))
-
-
-# ---------------------------------------------------------------------------------------------------- shared prefixes
-# A pair is two rows with the same beginning. Here every distinct token of a batch runs once, without padding, in one
-# packed row: all of chosen, then what is left of rejected (its tail), pair after pair. B pairs make 2B sequences of
-# queries. Chosen attends to itself; a tail attends to the prefix it shares with chosen, and to itself.
-
-
-def plan_shared_prefixes(input_ids, attention_mask):
-    """Lay out pairs, given as ids and mask (2B, L) padded on the right (rejected of row i is row i + B), on the CPU.
-
-    Returns ids and positions (1, T) of the packed row; the places in it of the sequences' K keys (K,) and of the
-    padded batch (2B, L); the sequences' bounds (2B + 1,), and their lengths as integers: no reader waits for the GPU.
+def read_turns(cell: Any, role: str) -> list[dict]:
+    r"""Messages from such a list, one of them, JSON of them, "\n\nHuman: ...\n\nAssistant: ...", or
+    a text, which is one turn of `role`. Raises ValueError for anything else.
     """
-    pairs, length = input_ids.shape[0] // 2, input_ids.shape[1]
-    order = torch.arange(2 * pairs).view(2, pairs).T.flatten()  # chosen 0, rejected 0, chosen 1, rejected 1, ...
-    ids, real = input_ids[order], attention_mask[order].bool()
-    last = real.sum(1).view(pairs, 2).amin(1, keepdim=True) - 1  # never shared, so that every rejected has a tail
-    same = (ids[0::2] == ids[1::2]) & (torch.arange(length) < last)
-    shared = same.cumprod(1).bool()  # (B, L): the longest run of equal tokens from the left
-    packed = real.clone()
-    packed[1::2] &= ~shared
-    total = int(packed.sum())
-    # Padding is never scored; spread over the row, its zero gradients do not all queue up at the same place.
-    place = torch.arange(2 * pairs * length).remainder(total).view(2 * pairs, length)
-    place[packed] = torch.arange(total)
-    place[1::2][shared] = place[0::2][shared]
-    plan = {"input_ids": ids[packed][None], "position_ids": packed.nonzero()[:, 1][None], "key_index": place[real],
-            "row_index": place[order.argsort()]}  # fmt: skip
-    for name, sizes in (("query", packed.sum(1)), ("key", real.sum(1))):
-        plan |= {f"{name}_bounds": F.pad(sizes.cumsum(0), (1, 0)).int(), f"{name}_lengths": sizes.tolist()}
-    return plan
+    if isinstance(cell, str) and CODED.match(cell):
+        try:
+            cell = json.loads(cell)
+        except ValueError as error:
+            raise ValueError(f"messages as text that is no JSON: {cell[:80]!r}") from error
+    if isinstance(cell, str) and TRANSCRIPT.match(cell):
+        parts = re.split(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):", cell)
+        names = [ROLES.get(name.lower()) for name in parts[1::2]]
+        return [make_turn(name, said.strip()) for name, said in zip(names, parts[2::2])]
+    if cell is None:
+        return []
+    if isinstance(cell, (str, int, float)):
+        return [make_turn(role, str(cell))]
+    if isinstance(cell, dict):
+        cell = [cell]
+    return [read_turn(turn) for turn in cell]
+
+
+def make_turn(role: str, content: str) -> dict:
+    """A message of text."""
+    return {"role": role, "content": content}
+
+
+def read_turn(turn: Any) -> dict:
+    """A message with our names of role and content; its other keys are the template's."""
+    if not isinstance(turn, dict):
+        raise ValueError(f"{str(turn)[:80]!r} stands where a message should be")
+    turn = {KEYS.get(key, key): value for key, value in turn.items()}
+    name = str(turn.get("role")).lower()
+    if name not in ROLES:
+        raise ValueError(f"{name!r} is no role; one of {', '.join(ROLES)}")
+    turn["role"] = ROLES[name]
+    turn["content"] = join_parts(turn.get("content"))
+    if name == "function_call":
+        turn["tool_calls"] = [{"type": "function", "function": json.loads(turn["content"])}]
+        turn["content"] = ""
+    return turn
+
+
+def join_parts(content: Any) -> str:
+    """The text of a message's content, which may come in parts."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, (int, float)):
+        return str(content)
+    texts = []
+    for part in content:
+        if isinstance(part, dict) and part.get("type", "text") == "text":
+            part = part.get("text")
+        if not isinstance(part, str):
+            raise ValueError(f"only text can be trained on, not {str(part)[:80]}")
+        texts.append(part)
+    return "".join(texts)
 
 
 @dataclass
-class PreferenceCollator(trl.trainer.dpo_trainer.DataCollatorForPreference):
-    """TRL's collator for pairs; with `share_prefixes` the batch carries the plan of the packed row as well."""
+class Pair:
+    """A row on its way from cells to tokens."""
 
-    share_prefixes: bool = True
-
-    def torch_call(self, examples):
-        batch = super().torch_call(examples)
-        if self.share_prefixes:
-            batch["plan"] = plan_shared_prefixes(batch["input_ids"], batch["attention_mask"])
-        return batch
-
-
-@functools.cache
-def varlen_kernel():
-    """torch's variable-length attention, causal and with grouped heads, which torch 2.10 to 2.13 name differently."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    options = {"window_size": (-1, 0), "is_causal": True, "enable_gqa": True}
-    known = inspect.signature(varlen_attn).parameters
-    return functools.partial(varlen_attn, **{name: options[name] for name in options if name in known})
+    prompt: list[dict]
+    chosen: list[dict]
+    rejected: list[dict]
+    is_raw: bool = False  # plain texts, and no chat template around them
+    dropped: str = ""  # why it is not used
+    remarks: list[str] = dataclasses.field(default_factory=list)  # what may be wrong
+    ids: list[list[int]] = dataclasses.field(default_factory=lambda: [[], [], []])  # of SIDES
+    packed_tokens: int = 0
+    pair_hash: int = 0
 
 
-def kernel_takes(query, value):
-    """Whether that kernel runs here: half precision on a recent NVIDIA card, heads of one size."""
-    size, half = query.shape[-1], query.dtype in (torch.bfloat16, torch.float16)
-    recent = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    return recent and half and size == value.shape[-1] <= 256 and size % 8 == 0
+def read_pair(row: dict, columns: dict[str, str], chat_strings: bool, repeats: bool) -> Pair:
+    """The pair of a row, in canonical form: each turn in the prompt or in an answer, once."""
+    cells = {ours: row.get(path, dig(row, path)) for ours, path in columns.items()}
+    if repeats:
+        cut_repeated_text(cells)
+    chosen = read_turns(cells["chosen"], "assistant")
+    rejected = read_turns(cells["rejected"], "assistant")
+    prompt = read_turns(cells.get("prompt"), "user")
+    conversation = read_turns(cells.get("conversation"), "user")
+    system = read_turns(cells.get("system"), "system")
+    texts = [cells.get(side) for side in SIDES]
+    is_raw = not chat_strings and not (system and not is_blank(system))
+    is_raw = is_raw and all(isinstance(text, str) and not is_encoded(text) for text in texts)
+    pair = Pair(prompt, chosen, rejected, is_raw)
+    if not prompt:
+        pair.prompt = without_answer(conversation, chosen, rejected)
+    elif conversation and conversation not in (prompt, prompt + chosen, prompt + rejected, chosen):
+        pair.remarks.append(f"column {columns['conversation']} is not read beside the prompt")
+    part_turns(pair)
+    add_system(pair, system)
+    pair.dropped = why_unusable(pair.prompt, pair.chosen, pair.rejected)
+    compare_scores(pair, row)
+    return pair
 
 
-@torch.compiler.disable
-def shared_prefix_attention(module, query, key, value, attention_mask, shared_prefixes=None, **kwargs):
-    """Attention of a packed row: query (1, Hq, T, D), key and value (1, Hkv, T, D) to (1, T, Hq, D).
+def cut_repeated_text(cells: dict) -> None:
+    """Take a prompt of text off the answers of text that repeat it."""
+    prompt, chosen, rejected = (cells.get(side) for side in SIDES)
+    if not all(isinstance(cell, str) for cell in (prompt, chosen, rejected)):
+        return
+    if prompt and chosen.startswith(prompt) and rejected.startswith(prompt):
+        cells["chosen"] = chosen.removeprefix(prompt)
+        cells["rejected"] = rejected.removeprefix(prompt)
 
-    Causal, aligned at the bottom right: a sequence's last query sees all its keys, the one before all but the last.
-    Calls without a plan, such as those of generation, go to SDPA as they came.
+
+def without_answer(conversation: list[dict], chosen: list[dict], rejected: list[dict]) -> list:
+    """A conversation that may end in one of the answers."""
+    for answer in (chosen, rejected):
+        if answer and conversation[-len(answer) :] == answer:
+            return conversation[: -len(answer)]
+    return conversation
+
+
+def part_turns(pair: Pair) -> None:
+    """Move to the prompt what both answers begin with, up to the last turn that asks."""
+    prompt = pair.prompt
+    if prompt and is_blank(prompt[-1:]) and prompt[-1]["role"] == "assistant":
+        prompt.pop()  # "...\n\nAssistant:"
+    is_repeated = False
+    for side in SIDES[1:]:
+        turns = getattr(pair, side)
+        if prompt and turns[: len(prompt)] == prompt:
+            setattr(pair, side, turns[len(prompt) :])
+            is_repeated = True
+    are_whole = all(turns and turns[0]["role"] in ASKING for turns in (pair.chosen, pair.rejected))
+    if are_whole and prompt and not is_repeated:
+        # whole conversations that begin otherwise: they say more than the prompt does
+        if prompt[-1] not in pair.chosen:
+            pair.remarks.append(
+                "the prompt is not in the conversations of the answers, it is not read"
+            )
+        prompt = []
+    shared = pair.chosen[: common_prefix_length(pair.chosen, pair.rejected)]
+    while shared and shared[-1]["role"] == "assistant":
+        shared.pop()
+    if any(turn["role"] == "user" for turn in shared):
+        prompt = prompt + shared
+        pair.chosen = pair.chosen[len(shared) :]
+        pair.rejected = pair.rejected[len(shared) :]
+    pair.prompt = prompt
+
+
+ASKING = ("system", "developer", "user")
+
+
+def add_system(pair: Pair, system: list[dict]) -> None:
+    """Begin the prompt with the text of the system column."""
+    if not system or is_blank(system) or not pair.prompt:
+        return
+    if pair.prompt[0]["role"] not in ASKING[:2]:
+        pair.prompt = system + pair.prompt
+    elif pair.prompt[0]["content"] != system[0]["content"]:
+        pair.remarks.append("the system column contradicts the system turn, it is not read")
+
+
+def is_blank(turns: list[dict]) -> bool:
+    """Whether the last turn says nothing that can be seen."""
+    turn = turns[-1]
+    return not visible(turn["content"]) and not turn.get("tool_calls")
+
+
+def visible(text: str) -> str:
+    """The text without white space and invisible characters."""
+    if not text.isascii():
+        text = text.translate(INVISIBLE)
+    return "".join(text.split())
+
+
+def why_unusable(prompt: list[dict], chosen: list[dict], rejected: list[dict]) -> str:
+    """Why a pair teaches nothing, or "" if it is good."""
+    if not chosen or not rejected or is_blank(chosen) or is_blank(rejected):
+        return "empty side"
+    if not prompt or chosen[0]["role"] in ASKING or rejected[0]["role"] in ASKING:
+        return "histories differ"
+    if is_blank(prompt):
+        return "empty side"
+    if prompt[-1]["role"] == "assistant":
+        return "prompt ends in an answer"
+    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
+        return "no final assistant turn"
+    if [as_seen(turn) for turn in chosen] == [as_seen(turn) for turn in rejected]:
+        return "chosen equals rejected"
+    return ""
+
+
+def as_seen(turn: dict) -> dict:
+    """The turn as a reader sees it."""
+    return {**turn, "content": visible(turn["content"])}
+
+
+def compare_scores(pair: Pair, row: dict) -> None:
+    """Drop ties, and mark scores that contradict the order."""
+    if pair.dropped:
+        return
+    if str(row.get("status")).lower() == "tie":
+        pair.dropped = "tied scores"
+    for names in SCORES:
+        chosen, rejected = (read_number(row.get(name)) for name in names)
+        if chosen == rejected:
+            pair.dropped = "tied scores"
+        if chosen < rejected:
+            pair.remarks.append(
+                "the rejected answer has the higher score: are the columns swapped?"
+            )
+
+
+def read_number(cell: Any) -> float:
+    """A score as a number; nan, which is neither equal to a number nor less, where it is none."""
+    try:
+        return float(cell)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+# ---- turns to text to tokens
+RAW_ON_CHAT = (
+    "plain text without the chat template; `--chat_strings true` wraps it, as a chat model expects"
+)
+PREPARED = datasets.Features(
+    {
+        "prompt_ids": datasets.List(datasets.Value("int32")),
+        "chosen_ids": datasets.List(datasets.Value("int32")),
+        "rejected_ids": datasets.List(datasets.Value("int32")),
+        "prompt_tokens": datasets.Value("int64"),
+        "chosen_tokens": datasets.Value("int64"),
+        "rejected_tokens": datasets.Value("int64"),
+        "packed_tokens": datasets.Value("int64"),
+        "pair_hash": datasets.Value("int64"),
+        "dropped": datasets.Value("string"),
+        "remarks": datasets.List(datasets.Value("string")),
+    }
+)
+
+
+class PairPreparer:
+    """Rows as they were read to the columns PREPARED, a batch at a time, for `Dataset.map`."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        columns: dict[str, str],  # {our name: column, or path into a struct}
+        repeats: bool,  # whether answers of text repeat the prompt
+        chat_strings: bool,
+        max_length: int | None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.columns = columns
+        self.repeats = repeats
+        self.chat_strings = chat_strings
+        self.max_length = max_length
+        added = tokenizer.added_tokens_decoder.values()
+        self.special = tuple(token.content for token in added if token.special)
+        self.special_pattern = re.compile("|".join(map(re.escape, self.special)) or r"\Z\A.")
+        # TRL's own form, which renders a prompt alone as with its answer
+        self.training_template = None
+        if tokenizer.chat_template is not None:
+            # ValueError: TRL has no such form
+            with contextlib.suppress(ValueError):
+                self.training_template = trl.get_training_chat_template(tokenizer)
+
+    def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        """A dropped row has no tokens. Raises ValueError for one that cannot be read."""
+        pairs = []
+        texts = []
+        for i, index in enumerate(indices):
+            row = {name: cells[i] for name, cells in batch.items()}
+            row = remove_none_values(row)  # arrow gives every struct of a column the keys of all
+            try:
+                pair = read_pair(row, self.columns, self.chat_strings, self.repeats)
+                if not pair.dropped:
+                    texts.append(self.render(pair, row))
+            except Exception as error:  # also jinja's, and what a template raises to refuse a turn
+                # an exception class of ours would not come back from a worker process
+                raise ValueError(f"row {index + 1}: {error}") from error
+            pairs.append(pair)
+        kept = [pair for pair in pairs if not pair.dropped]
+        if kept:
+            self.tokenize(kept, texts)
+        return collect_columns(pairs)
+
+    def render(self, pair: Pair, row: dict) -> list[str]:
+        """Texts of the prompt alone, of prompt and chosen, and of prompt and rejected."""
+        wholes = [pair.prompt + pair.chosen, pair.prompt + pair.rejected]
+        if pair.is_raw:
+            alone = pair.prompt[0]["content"]
+            texts = [alone, alone + pair.chosen[0]["content"], alone + pair.rejected[0]["content"]]
+        else:
+            texts = self.apply_template(pair, wholes, read_json(row.get("tools")), row)
+        self.remark_text(pair)
+        return texts[:1] + [self.end_turn(text) for text in texts[1:]]
+
+    def end_turn(self, text: str) -> str:
+        """The text with a special token at its end, which tells the model to stop."""
+        if text.rstrip().endswith(self.special):
+            return text
+        return text + self.tokenizer.eos_token
+
+    def apply_template(
+        self, pair: Pair, wholes: list[list[dict]], tools: list | None, row: dict
+    ) -> list[str]:
+        """The first rendering in which the prompt alone is the beginning of both whole texts."""
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                "messages need a chat template, and the tokenizer has none; start from the "
+                "instruct version, or save a chat_template.jinja beside the tokenizer"
+            )
+        more = read_json(row.get("chat_template_kwargs")) or {}
+        # Qwen3's empty think block belongs to the prompt, unless an answer carries reasoning
+        attempts = [{"enable_thinking": False}, {}]
+        if self.training_template is not None:
+            attempts += [
+                {**options, "chat_template": self.training_template} for options in attempts
+            ]
+        tried = []
+        for options in attempts:
+            render = functools.partial(
+                self.tokenizer.apply_chat_template, tools=tools, tokenize=False, **options | more
+            )
+            alone = render(pair.prompt, add_generation_prompt=True)
+            texts = [alone, render(wholes[0]), render(wholes[1])]
+            if texts[1].startswith(alone) and texts[2].startswith(alone):
+                break
+            tried.append(texts)
+        else:
+            raise ValueError(explain_renderings(tried[0]))
+        if "chat_template" in options:
+            pair.remarks.append(
+                "rendered by TRL's training form of the chat template; the tokenizer's own renders "
+                "the prompt differently alone"
+            )
+        if tools and render(wholes[0], tools=None) == texts[1]:
+            pair.remarks.append("the chat template leaves the tools out")
+        if leaves_out(pair.chosen[-1], texts[1]) or leaves_out(pair.rejected[-1], texts[2]):
+            pair.remarks.append("the chat template leaves reasoning or tool calls of an answer out")
+        return texts
+
+    def remark_text(self, pair: Pair) -> None:
+        """What may be wrong with the text itself."""
+        inside = set()
+        for turn in pair.prompt + pair.chosen + pair.rejected:
+            inside.update(self.special_pattern.findall(turn["content"]))
+        if inside:
+            pair.remarks.append(f"special tokens inside the text: {' '.join(sorted(inside))}")
+        elif pair.is_raw and self.tokenizer.chat_template is not None:
+            pair.remarks.append(RAW_ON_CHAT)
+        if any(turn["role"] == "user" for turn in pair.chosen + pair.rejected):
+            pair.remarks.append("user turns inside the answers, which are then trained on")
+
+    def tokenize(self, pairs: list[Pair], texts: list[list[str]]) -> None:
+        """Set the ids of each pair from its texts, and what follows from them."""
+        pieces = []
+        for alone, *wholes in texts:
+            # special tokens part a text: of the prompt only what follows the last one is
+            # tokenized again for each answer
+            cut = 0
+            for match in self.special_pattern.finditer(alone):
+                cut = match.end()
+            pieces += [alone, *(text[cut:] for text in (alone, *wholes))]
+        ids = self.encode(pieces)
+        for i, (pair, (alone, *wholes)) in enumerate(zip(pairs, texts)):
+            prompt, tail, *both = ids[4 * i : 4 * i + 4]
+            answers = []
+            for answer, whole in zip(both, wholes):
+                if answer[: len(tail)] == tail:
+                    answers.append(answer[len(tail) :])
+                else:
+                    # tokens merge across the boundary; in use, the answer starts with a new token
+                    answers += self.encode([whole[len(alone) :]])
+            if pair.is_raw:
+                prompt = self.add_bos(prompt)
+            pair.ids = [prompt, *answers]
+            self.measure(pair)
+
+    def measure(self, pair: Pair) -> None:
+        """Distinct tokens after the cut and a hash of them; drops a pair that is then equal."""
+        prompt, chosen, rejected = pair.ids
+        first = (prompt + chosen)[: self.max_length]
+        second = (prompt + rejected)[: self.max_length]
+        shared = min(common_prefix_length(first, second), len(first) - 1, len(second) - 1)
+        pair.packed_tokens = len(first) + len(second) - shared
+        # alike on every machine
+        both = np.array([len(prompt), len(first), *first, *second], "<i4").tobytes()
+        digest = hashlib.blake2b(both, digest_size=8).digest()
+        pair.pair_hash = int.from_bytes(digest, "little", signed=True)
+        if self.is_empty(chosen) or self.is_empty(rejected):
+            pair.dropped = "empty once rendered"
+        elif chosen == rejected:
+            pair.dropped = "chosen equals rejected"
+        elif self.max_length is not None and len(prompt) >= self.max_length:
+            pair.dropped = "prompt leaves no room"
+        elif first == second:
+            pair.dropped = "equal after truncation"
+
+    def is_empty(self, answer: list[int]) -> bool:
+        """Whether nothing was rendered but the end of a turn."""
+        is_short = len(answer) < 8
+        return is_short and not self.tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text."""
+        return self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        ).input_ids
+
+    def add_bos(self, prompt: list[int]) -> list[int]:
+        """The prompt of plain text with what the tokenizer begins a text with; a chat template
+        writes it itself.
+        """
+        bos = self.tokenizer.bos_token_id
+        if bos is None or bos not in self.tokenizer("").input_ids or prompt[:1] == [bos]:
+            return prompt
+        return [bos, *prompt]
+
+
+def read_json(cell: Any) -> Any:
+    """A cell that may be JSON in a text."""
+    if isinstance(cell, str):
+        return json.loads(cell or "null")
+    return cell
+
+
+def leaves_out(turn: dict, text: str) -> bool:
+    """Whether something that the turn says is not in its rendering."""
+    said = re.split("</?think>", turn["content"])
+    said += [turn.get(name, "") for name in ("reasoning_content", "reasoning", "thinking")]
+    for call in turn.get("tool_calls", []):
+        said.append(call.get("function", call).get("name", ""))
+    return any(part.strip() not in text for part in said)
+
+
+def explain_renderings(texts: list[str]) -> str:
+    """Where the rendering of a prompt parts from that of the same prompt with an answer."""
+    parted = min(common_prefix_length(texts[0], text) for text in texts[1:])
+    shown = "\n  ".join(repr(text[max(0, parted - 80) : parted + 80]) for text in texts)
+    return (
+        "the chat template renders the prompt differently alone than with its answers; save a "
+        f"chat_template.jinja that renders them alike beside the tokenizer:\n  {shown}"
+    )
+
+
+def collect_columns(pairs: list[Pair]) -> dict[str, list]:
+    """The columns PREPARED of a batch."""
+    prepared = {
+        "packed_tokens": [pair.packed_tokens for pair in pairs],
+        "pair_hash": [pair.pair_hash for pair in pairs],
+        "dropped": [pair.dropped for pair in pairs],
+        "remarks": [pair.remarks for pair in pairs],
+    }
+    for i, side in enumerate(SIDES):
+        prepared[f"{side}_ids"] = [pair.ids[i] for pair in pairs]
+        prepared[f"{side}_tokens"] = [len(pair.ids[i]) for pair in pairs]
+    return prepared
+
+
+# ---- a split and its report
+def prepare_split(
+    job: Job, tokenizer: PreTrainedTokenizerBase, split: str, rows: Dataset, report: list[str]
+) -> Dataset:
+    """One split, tokenized and without its bad pairs; adds the lines on it to `report`."""
+    source = f"{name_source(job)} ({split})"
+    if len(rows) == 0:
+        raise UserError(f"{source}: there are no rows")
+    columns = find_columns(rows, job.settings.columns, source)
+    read = {
+        path if path in rows.column_names else path.partition(".")[0] for path in columns.values()
+    }
+    wanted = {"status", "chat_template_kwargs"}.union(*SCORES)
+    read |= wanted.intersection(rows.column_names)
+    processes = job.training_args.dataset_num_proc
+    if processes is None and len(rows) > 5000:
+        processes = min(8, os.cpu_count())
+    preparer = PairPreparer(
+        tokenizer,
+        columns,
+        answers_repeat_prompt(rows[:100], columns),
+        job.settings.chat_strings,
+        job.training_args.max_length,
+    )
+    try:
+        table = rows.select_columns(sorted(read)).map(
+            preparer,
+            batched=True,
+            batch_size=256,
+            with_indices=True,
+            remove_columns=sorted(read),
+            features=PREPARED,
+            num_proc=processes,
+            desc=f"Tokenizing {split}",
+        )
+    except UnicodeDecodeError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{source}, {error}") from error
+    unread = find_unread(rows, read)
+    if unread:
+        report += wrap("!", f"{split}: columns like a prompt's that are not read: {unread}")
+    return drop_bad_pairs(job, split, table, report)
+
+
+def answers_repeat_prompt(sample: dict[str, list], columns: dict[str, str]) -> bool:
+    """Whether most answers of text begin with the prompt."""
+    if "prompt" not in columns:
+        return False
+    cells = zip(*(read_cells(sample, columns[side]) for side in SIDES))
+    repeated = 0
+    total = 0
+    for prompt, chosen, rejected in cells:
+        total += 1
+        if all(isinstance(cell, str) and cell for cell in (prompt, chosen, rejected)):
+            repeated += chosen.startswith(prompt) and rejected.startswith(prompt)
+    return repeated * 2 > total
+
+
+def find_unread(rows: Dataset, read: set[str]) -> str:
+    """Filled columns that look like part of the prompt and are not read."""
+    names = sorted(LIKE_A_PROMPT.intersection(rows.column_names) - read)
+    sample = rows[:100]
+    return ", ".join(name for name in names if any(sample[name]))
+
+
+def drop_bad_pairs(job: Job, split: str, table: Dataset, report: list[str]) -> Dataset:
+    """The good pairs; adds to `report` what was dropped, is cut, or may be wrong."""
+    reasons = np.array(table["dropped"][:])
+    good = np.flatnonzero(reasons == "")
+    dropped = []
+    for reason in sorted(set(reasons) - {""}):
+        bad = np.flatnonzero(reasons == reason)
+        first = ", ".join(str(row + 1) for row in bad[:5])
+        more = ", ..." if len(bad) > 5 else ""
+        dropped.append(f"{len(bad):,} {reason} (rows {first}{more})")
+    if dropped:
+        report += wrap("dropped", f"{split}: {'; '.join(dropped)}")
+    if len(good) * 2 < len(table):
+        raise UserError(
+            f"{name_source(job)} ({split}): too few pairs can be used, {len(good):,} of "
+            f"{len(table):,}\n" + "\n".join(report)
+        )
+    report.extend(describe_lengths(split, table, good, job.training_args.max_length))
+    pairs = table.select(good).remove_columns(["dropped", "remarks"])
+    duplicates = len(pairs) - len(set(pairs["pair_hash"][:]))
+    if duplicates:
+        report += wrap("!", f"{split}: {duplicates:,} pairs repeat others")
+    remarks = collections.Counter(itertools.chain.from_iterable(table["remarks"][:]))
+    for remark, count in remarks.most_common():
+        report += wrap("!", f"{split}: {count:,} of {len(table):,} rows: {remark}")
+    return pairs
+
+
+def describe_lengths(
+    split: str, table: Dataset, good: np.ndarray, max_length: int | None
+) -> list[str]:
+    """The share of answers that max_length cuts, and a max_length that cuts few."""
+    lengths = table.select_columns(["prompt_tokens", "chosen_tokens", "rejected_tokens"])
+    prompt, chosen, rejected = (np.array(lengths[f"{side}_tokens"][:]) for side in SIDES)
+    whole = np.stack([prompt + chosen, prompt + rejected], axis=1)
+    if max_length is None or not (whole > max_length).any():
+        return []
+    share = (whole[good] > max_length).mean()
+    enough = int(np.quantile(whole[whole > 0], 0.99, method="higher"))
+    return wrap(
+        "cut",
+        f"{split}: {share:.1%} of the answers by max_length {max_length}; {enough} would cut less "
+        "than 1%",
+    )
+
+
+def describe_pair(
+    tokenizer: PreTrainedTokenizerBase, pair: dict, max_length: int | None
+) -> list[str]:
+    """One pair as the model sees it, special tokens and all, for the dry run."""
+    lines = []
+    room = max_length or sys.maxsize
+    for side in SIDES:
+        ids = pair[f"{side}_ids"]
+        text = repr(tokenizer.decode(ids[:room]))
+        if len(text) > 480:
+            text = f"{text[:320]} [...] {text[-160:]}"
+        line = f"{side:<9}{len(ids):>6} tokens  {text}"
+        if len(ids) > room:
+            line += f" | {len(ids) - room} tokens cut by max_length {max_length}"
+        lines.append(line)
+        if side == "prompt":
+            room -= len(ids)
+    return lines
+
+
+# ------------------------------------------------------------------------------- policy and trainer
+@dataclass
+class Start:
+    """What a run starts from; no weights are read."""
+
+    config: transformers.PretrainedConfig  # of the base
+    tokenizer: PreTrainedTokenizerBase
+    base_name: str  # hub name or folder of the base model
+    base_revision: str | None
+    adapter: (
+        peft.PeftConfig | None
+    )  # of the SFT adapter, if the start is one: training continues it
+    reference: Literal[
+        "base", "adapter", "copy"
+    ]  # adapter switched off; frozen copy of it; a second model
+
+
+def load_start(job: Job) -> Start:
+    """Read configuration and tokenizer. Raises UserError where model, tokenizer and settings do
+    not go together.
     """
-    if shared_prefixes is None:
-        attend = transformers.integrations.sdpa_attention.sdpa_attention_forward
-        return attend(module, query, key, value, attention_mask, **kwargs)
-    plan, scale, device = shared_prefixes, kwargs.get("scaling"), query.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype  # as SDPA casts
-    query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # (T, heads, D)
-    key, value = (x.index_select(0, plan["key_index"]) for x in (key, value))  # (K, Hkv, D)
-    if not kernel_takes(query, value):
-        return attend_one_by_one(query, key, value, plan, scale)[None], None
-    longest = max(plan["query_lengths"]), max(plan["key_lengths"])
-    scaled = {} if scale in (None, query.shape[-1] ** -0.5) else {"scale": scale}  # torch 2.10 has one scale only
-    return varlen_kernel()(query, key, value, plan["query_bounds"], plan["key_bounds"], *longest, **scaled)[None], None
+    name = job.model_args.model_name_or_path
+    revision = job.model_args.model_revision
+    check_hub(name)
+    adapter = load_adapter_config(name, revision)
+    base_name = name
+    base_revision = revision
+    if adapter is not None:
+        base_name = adapter.base_model_name_or_path
+        base_revision = adapter.revision
+    try:
+        config = transformers.AutoConfig.from_pretrained(base_name, revision=base_revision)
+    except (OSError, ValueError) as error:
+        what = f"model_name_or_path={name}"
+        if adapter is not None:
+            what += f" is an adapter of base_model_name_or_path={base_name}, which"
+        raise UserError(f"{what} cannot be read: {first_line(error)}; {HUB_ADVICE}") from error
+
+    # SFT may have saved the adapter alone: then the tokenizer is the base's
+    has_own_tokenizer = not os.path.isdir(name) or Path(name, "tokenizer_config.json").exists()
+    try:
+        if has_own_tokenizer:
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(base_name, revision=base_revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model_name_or_path={name}: no tokenizer: {first_line(error)}") from error
+    tokenizer.pad_token = job.training_args.pad_token or tokenizer.pad_token or tokenizer.eos_token
+
+    start = Start(
+        config, tokenizer, base_name, base_revision, adapter, choose_reference(job, adapter)
+    )
+    problems = [
+        *find_tokenizer_problems(start),
+        *find_adapter_problems(job, start),
+        *find_reference_problems(job, start),
+    ]
+    positions = count_positions(config)
+    if job.training_args.max_length is not None and job.training_args.max_length > positions:
+        problems.append(
+            f"max_length={job.training_args.max_length}: {name} has positions for {positions} "
+            "tokens; lower it"
+        )
+    if problems:
+        raise UserError("\n".join(problems))
+    return start
 
 
-def attend_one_by_one(query, key, value, plan, scale):
-    """SDPA sequence after sequence: (T, Hq, D), (K, Hkv, D) twice to (T, Hq, D)."""
-    outputs, sizes = [], (plan["query_lengths"], plan["key_lengths"], plan["key_lengths"])
-    for parts in zip(*map(torch.split, (query, key, value), sizes), strict=True):
-        q, k, v = (x.transpose(0, 1)[None] for x in parts)  # (1, heads, tokens, D)
-        queries, keys, mask = q.shape[2], k.shape[2], None
-        if queries < keys:  # a tail; chosen is plainly causal, which has the faster kernel
-            mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
-        outputs.append(out[0].transpose(0, 1))
-    return torch.cat(outputs)
+HUB_ADVICE = "check the name and the network; a gated or private one needs `hf auth login`"
 
 
-def share_prefixes(model):
-    """Let a causal language model, not yet wrapped by PEFT, run batches that carry a plan as one packed row."""
-
-    def pack(backbone, args, kwargs):
-        plan = kwargs.pop("plan", None)
-        if plan is not None:
-            kwargs |= {"input_ids": plan["input_ids"], "position_ids": plan["position_ids"], "shared_prefixes": plan}
-            kwargs["attention_mask"] = plan["input_ids"][None, None]  # a 4-D mask is handed on as it is; none reads it
-        return args, kwargs
-
-    def unpack(backbone, args, kwargs, output):  # hidden states (1, T, H) to the padded (2B, L, H) that TRL expects
-        plan = kwargs.pop("shared_prefixes", None)
-        if plan is not None:
-            hidden = output.last_hidden_state[0].index_select(0, plan["row_index"].flatten())
-            output.last_hidden_state = hidden.view(*plan["row_index"].shape, -1)
-        return output
-
-    transformers.AttentionInterface.register("shared_prefixes", shared_prefix_attention)
-    transformers.AttentionMaskInterface.register("shared_prefixes", transformers.masking_utils.sdpa_mask)
-    model.set_attn_implementation("shared_prefixes")
-    model.base_model.register_forward_pre_hook(pack, with_kwargs=True)
-    model.base_model.register_forward_hook(unpack, with_kwargs=True)
+def first_line(error: Exception) -> str:
+    """What a library says about an error, without its second thoughts."""
+    return str(error).strip().partition("\n")[0]
 
 
-def why_not_shared(model, settings=None):
-    """The reason, in one line, why `model` must run its rows apart and padded; None where it can share prefixes."""
-    config = model.config.get_text_config()
-    own, asked = functools.partial(getattr, config), functools.partial(getattr, settings)
-    layers, router = set(own("layer_types", None) or ()), asked("router_aux_loss_coef", None)
-    special = [name for name in ("attn_logit_softcapping", "attention_dropout", "attn_pdrop") if own(name, None)]
-    special += [name for name, _ in model.named_parameters() if "sinks" in name]
-    reasons = {
-        "`share_prefixes: false` asks for it": not asked("share_prefixes", True),
-        "`attn_implementation` asks for another attention": asked("attn_implementation", None) is not None,
-        "it is a vision-language model, whose rows hold images": config is not model.config,
-        "its attention cannot be replaced from outside": not getattr(model, "_supports_attention_backend", False),
-        "not all of its layers are full attention":
-            layers - {"full_attention"} or getattr(model, "_is_stateful", False),
-        "its attention looks back over a sliding window only":
-            not layers and own("sliding_window", None) and own("use_sliding_window", True),
-        f"its attention is not the plain one ({', '.join(special)})": special,
-        "its router loss counts each token of both rows":
-            hasattr(config, "output_router_logits") and (config.router_aux_loss_coef if router is None else router),
-    }  # fmt: skip
-    return next((reason for reason, applies in reasons.items() if applies), None)
+def load_adapter_config(name: str, revision: str | None) -> peft.PeftConfig | None:
+    """The configuration of a PEFT adapter; None where `name` is no adapter."""
+    if find_adapter_config_file(name, revision=revision) is None:
+        return None
+    return peft.PeftConfig.from_pretrained(name, revision=revision)
 
 
-# ------------------------------------------------------------------------------------------------------------ the plan
-def measure_model(s, start, shared: int, padded: int) -> tuple[int, int, dict[str, float], str | None]:
-    """Weights in all, and trained; GiB at so many tokens a batch; why prefixes are not shared: from shapes alone."""
-    dtype, config = getattr(torch, s.dtype, torch.bfloat16), start.config.get_text_config()
-    with torch.device("meta"), transformers.modeling_utils.set_zero3_state():  # which would part out absent weights
-        model = transformers.AutoModelForCausalLM.from_config(start.config, dtype=dtype)
-        reason = why_not_shared(model, s)
-        lora = peft.PeftConfig.from_pretrained(start.adapter) if start.continues else trl.get_peft_config(s)
-        model = peft.get_peft_model(model, replace(lora, inference_mode=False))  # a starting adapter is trained on
-    trained, total = model.get_nb_trainable_parameters()
-    packed = 0.516 if s.load_in_4bit else 1 if s.load_in_8bit else dtype.itemsize  # bytes; NF4 with packed scales
-    frozen = sum(w.numel() * (dtype.itemsize if w.ndim != 2 or re.search("embed|lm_head", name) else packed)
-                 for name, w in model.named_parameters() if not w.requires_grad)  # fmt: skip
-    # values that a layer keeps for its backward pass, per token: counted in Qwen3's, in bf16 with LoRA
-    layer = 12 * config.hidden_size + 4 * getattr(config, "intermediate_size", 4 * config.hidden_size)
-    kept = config.num_hidden_layers * (config.hidden_size if s.gradient_checkpointing else layer) + 2 * layer
-    sizes = {"weights": frozen, "gradients": 4 * trained, "adapter": 4 * trained,
-             "optimizer": trained * (2 if "8bit" in str(s.optim) else 8),
-             "reference": {"copy": frozen, "adapter": 4 * trained}.get(start.reference, 0),
-             "activations (an estimate)": (padded if reason else shared) * kept * dtype.itemsize}  # fmt: skip
-    return total, trained, {name: size / 2**30 for name, size in sizes.items()}, reason
+def count_positions(config: transformers.PretrainedConfig) -> float:
+    """Tokens that a row may have; infinite where the architecture names no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
-def make_plan(s, args, start, train, held_out) -> list[str]:
-    """What will happen, every derived number included; the last four lines in a dry run only. No weights are read."""
-    needed, size = np.sort(train["needed_tokens"]), s.per_device_train_batch_size
-    lengths = {side: np.array(train[side]) for side in SIDES}
-    longest = (lengths["prompt"] + np.maximum(lengths["chosen"], lengths["rejected"])).clip(max=s.max_length)
-    batches = np.maximum.reduceat(np.random.default_rng(s.seed).permutation(longest), range(0, len(longest), size))
-    padded = 2 * len(longest) * batches.mean()
-    total, trained, gib, reason = measure_model(s, start, int(needed[-size:].sum()), int(2 * size * longest.max()))
-    terms = zip(s.loss_weights or [1] * len(s.loss_type), s.loss_type)
-    goal = " + ".join(f"{weight:g} x {OBJECTIVES[name]}" for weight, name in terms).removeprefix("1 x ")
-    spread = {side: np.quantile(counts, [0.05, 0.5, 0.95, 1]).astype(int).tolist() for side, counts in lengths.items()}
-    disk = gib["adapter"] * (3 * (s.save_total_limit or 1) + 1) + gib["weights"] * (s.merge + s.fresh_adapter)
-    text = f"""\
-    policy  {s.model_name_or_path}, {total:,} weights in {s.dtype}{", 4-bit" * s.load_in_4bit}, {trained:,} trainable
- reference  {start.told}
- objective  {goal}, beta {s.beta:g}\
-{", label_smoothing 0, where robust equals sigmoid" * ("robust" in s.loss_type and not s.label_smoothing)}
-     pairs  {len(train):,} to train, {len(held_out or []):,} held out, max_length {s.max_length}
-     batch  {s.global_batch_size} pairs = {size} per device x {s.gradient_accumulation_steps} accumulation \
-x {args.world_size} process{"es" * (args.world_size > 1)} on {args.device}
-     steps  {s.planned_steps:,}, learning rate {s.learning_rate:g}, {s.lr_scheduler_type}
-  prefixes  {f"not shared: {reason}" if reason else "shared, and no padding"}
-    output  {s.output_dir}
-    tokens  5%, median, 95%, longest: {", ".join(f"{side} {counts}" for side, counts in spread.items())}
- per epoch  {needed.sum():,} tokens with shared prefixes, {padded:,.0f} in padded rows ({padded / needed.sum():.2f} x)
-    memory  {", ".join(f"{name} {part:.2f}" for name, part in gib.items())}: {sum(gib.values()):.2f} GiB
-      disk  {disk:.2f} GiB in {s.output_dir}"""
-    return text.splitlines()[: None if s.dry_run else 8]
+def choose_reference(
+    job: Job, adapter: peft.PeftConfig | None
+) -> Literal["base", "adapter", "copy"]:
+    """`auto` is the model that training starts from: the base, or the SFT adapter on top of it."""
+    asked = job.settings.reference
+    if asked == "copy":
+        return "copy"
+    if asked == "adapter" or adapter is not None:
+        return "adapter"
+    return "base"
 
 
-# ------------------------------------------------------------------------------------------------------------- insight
+def find_tokenizer_problems(start: Start) -> list[str]:
+    """A tokenizer that training would trip over later."""
+    tokenizer = start.tokenizer
+    problems = []
+    if tokenizer.eos_token is None:
+        problems.append(f"the tokenizer of {start.base_name} has no eos_token; set one and save it")
+    if tokenizer.pad_token is not None and tokenizer.pad_token not in tokenizer.get_vocab():
+        problems.append(f"pad_token={tokenizer.pad_token}: is not in the vocabulary; leave it out")
+    embedded = start.config.get_text_config().vocab_size
+    if start.adapter is None and len(tokenizer) > embedded:
+        problems.append(
+            f"the tokenizer has {len(tokenizer)} tokens, {start.base_name} embeds {embedded}: "
+            "call model.resize_token_embeddings(len(tokenizer)) and save the model"
+        )
+    return problems
+
+
+def find_adapter_problems(job: Job, start: Start) -> list[str]:
+    """An adapter that cannot be continued, or settings that would not reach it."""
+    name = job.model_args.model_name_or_path
+    trains_head = "lm_head" in (job.model_args.lora_modules_to_save or [])
+    if trains_head and is_sharded():
+        return [
+            "lora_modules_to_save=lm_head: FSDP would not average its gradient over the processes; "
+            "leave it out"
+        ]
+    if start.adapter is None:
+        if job.settings.reference == "adapter":
+            return [f"reference=adapter: {name} is no adapter; leave `reference` out"]
+        return []
+    problems = []
+    if start.adapter.is_prompt_learning:
+        problems.append(f"{name} is a prompt-learning adapter; start from its base, or from a LoRA")
+    trains_more_modules = getattr(start.adapter, "modules_to_save", None)
+    if trains_more_modules and start.reference == "adapter":
+        problems.append(
+            f"{name} also holds whole modules ({', '.join(trains_more_modules)}), of which no "
+            "frozen copy can be made; merge it into its base and start from the merged model"
+        )
+    return problems
+
+
+def find_reference_problems(job: Job, start: Start) -> list[str]:
+    """A second model that does not speak of the same tokens as the policy."""
+    name = job.settings.ref_model_name_or_path
+    if start.reference != "copy" or name is None:
+        return []
+    try:
+        adapter = load_adapter_config(name, None)
+        base = name if adapter is None else adapter.base_model_name_or_path
+        config = transformers.AutoConfig.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        return [f"ref_model_name_or_path={name}: cannot be read: {first_line(error)}; {HUB_ADVICE}"]
+    same_vocabulary = (
+        config.get_text_config().vocab_size == start.config.get_text_config().vocab_size
+    )
+    same_tokenizer = tokenizer.get_vocab() == start.tokenizer.get_vocab()
+    if not same_vocabulary or not same_tokenizer:
+        return [
+            f"ref_model_name_or_path={name}: has another vocabulary than the policy; take a model "
+            "of the same family"
+        ]
+    return []
+
+
+def check_lengths(job: Job, start: Start, preferences: Preferences) -> None:
+    """Refuse rows that have more tokens than the model has positions; max_length was compared
+    before.
+    """
+    if job.training_args.max_length is not None:
+        return
+    splits = [preferences.train]
+    if preferences.held_out is not None:
+        splits.append(preferences.held_out)
+    pairs = datasets.concatenate_datasets(splits).with_format("numpy")
+    answers = np.maximum(pairs["chosen_tokens"][:], pairs["rejected_tokens"][:])
+    longest = int((pairs["prompt_tokens"][:] + answers).max())
+    positions = count_positions(start.config)
+    if longest > positions:
+        raise UserError(
+            f"max_length=null: the longest row has {longest} tokens, {start.base_name} has "
+            f"positions for {positions}; set max_length to {positions} or less"
+        )
+
+
+def is_switched_on(variable: str) -> bool:
+    """Whether a variable of the launcher says so."""
+    return os.environ.get(variable, "false").lower() in ("1", "true")
+
+
+def is_sharded() -> bool:
+    """Whether FSDP or DeepSpeed splits the model over processes, as the launcher says."""
+    return is_switched_on("ACCELERATE_USE_FSDP") or is_switched_on("ACCELERATE_USE_DEEPSPEED")
+
+
+def load_causal_lm(
+    job: Job, name: str, revision: str | None, quantize: bool = True
+) -> transformers.PreTrainedModel:
+    """Read a model's weights onto this process's one device, all of them and nothing else.
+
+    Raises UserError where keys of the files are missing, left over or of another shape:
+    transformers would train what it made up in their place.
+    """
+    options = {}
+    quantization = trl.get_quantization_config(job.model_args)
+    # given as None, the argument would switch off the detection of a base that is quantised already
+    if quantize and quantization is not None:
+        options["quantization_config"] = quantization
+    device = job.training_args.device
+    if device.type == "cuda" and not is_sharded():
+        options["device_map"] = {"": device}
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision,
+            dtype=job.model_args.dtype,
+            attn_implementation=job.model_args.attn_implementation,
+            use_safetensors=True,  # pickled weights can run code
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{name} cannot be loaded: {first_line(error)}; {HUB_ADVICE}") from error
+    refuse_misfits(name, found["missing_keys"], found["unexpected_keys"])
+    return model
+
+
+def refuse_misfits(name: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raise UserError where a file does not hold exactly the weights of its model."""
+    problems = []
+    if missing:
+        problems.append(
+            f"{name}: {len(missing)} weights are not in the file, such as {sorted(missing)[0]}"
+        )
+    if unexpected:
+        problems.append(
+            f"{name}: {len(unexpected)} weights fit nowhere, such as {sorted(unexpected)[0]}"
+        )
+    if problems:
+        problems.append(
+            "The files are damaged, or belong to another model: save or download it again"
+        )
+        raise UserError("\n".join(problems))
+
+
+def make_room(base: transformers.PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Enlarge the embedding for tokens that SFT added, as PEFT's own loading does."""
+    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(len(tokenizer))
+
+
+def load_with_adapter(
+    base: transformers.PreTrainedModel, name: str, revision: str | None
+) -> peft.PeftModel:
+    """An adapter on top of its base, its weights trainable; UserError where they do not fit."""
+    config = peft.PeftConfig.from_pretrained(name, revision=revision)
+    config.inference_mode = False
+    model = peft.get_peft_model(base, config)
+    found = model.load_adapter(name, "default", is_trainable=True, revision=revision)
+    refuse_misfits(name, found.missing_keys, found.unexpected_keys)
+    return model
+
+
+def load_policy(job: Job, start: Start) -> transformers.PreTrainedModel | peft.PeftModel:
+    """The model to train: the base, or the SFT adapter on top of it."""
+    base = load_causal_lm(job, start.base_name, start.base_revision)
+    if start.adapter is None:
+        return base
+    make_room(base, start.tokenizer)
+    return load_with_adapter(base, job.model_args.model_name_or_path, job.model_args.model_revision)
+
+
+def load_reference(job: Job, start: Start) -> transformers.PreTrainedModel | None:
+    """The second, frozen model of `reference: copy`; None where the policy is its own reference."""
+    if start.reference != "copy":
+        return None
+    name = job.settings.ref_model_name_or_path
+    if name is None:
+        name = job.model_args.model_name_or_path
+        revision = job.model_args.model_revision
+    else:
+        revision = None
+    adapter = load_adapter_config(name, revision)
+    if adapter is None:
+        return load_causal_lm(job, name, revision)
+    base = load_causal_lm(job, adapter.base_model_name_or_path, adapter.revision)
+    make_room(base, start.tokenizer)
+    model = load_with_adapter(base, name, revision).get_base_model()
+    # TRL multiplies by the head's own weight: an adapter on it would be left out without a word
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise UserError(
+            f"{name} has LoRA on its output head; merge it first and name the merged model"
+        )
+    return model
+
+
+def make_lora_config(model_args: ModelConfig) -> LoraConfig:
+    """What a fresh adapter is made from (LoRA: arXiv 2106.09685): W x becomes W x + (alpha / r)
+    B A x, B = 0 at first.
+    """
+    return LoraConfig(
+        r=model_args.lora_r,
+        lora_alpha=model_args.lora_alpha,
+        lora_dropout=model_args.lora_dropout,
+        target_modules=model_args.lora_target_modules,
+        target_parameters=model_args.lora_target_parameters,
+        modules_to_save=model_args.lora_modules_to_save,
+        use_rslora=model_args.use_rslora,
+        use_dora=model_args.use_dora,
+        task_type="CAUSAL_LM",
+        revision=model_args.model_revision,
+    )
+
+
+def build_trainer(
+    job: Job, start: Start, preferences: Preferences, sharing: "Sharing"
+) -> "PreferenceTrainer":
+    """Policy, reference and pairs in a trainer: the calls of the tutorial."""
+    policy = load_policy(job, start)
+    reference = load_reference(job, start)
+    models = [policy] if reference is None else [policy, reference]
+    if job.training_args.disable_dropout:
+        for model in models:
+            disable_numeric_dropout(model)
+
+    lora = None
+    if start.adapter is None:
+        lora = make_lora_config(job.model_args)
+
+    if sharing.is_used:
+        sharing = share_where_proven(models, job, start, preferences)
+        say(f"prefixes   {sharing.line}")
+    collator_class = DataCollatorForPreference
+    if sharing.is_used:
+        collator_class = SharedPrefixCollator
+
+    trainer = PreferenceTrainer(
+        model=policy,
+        # None: the policy itself, with its adapter switched off or as it was at the start
+        ref_model=reference,
+        args=prepare_for_trainer(
+            job, preferences
+        ),  # a DPOConfig: beta, loss_type, bf16, gradient_checkpointing, ...
+        train_dataset=preferences.train,
+        eval_dataset=preferences.held_out,
+        processing_class=start.tokenizer,
+        peft_config=lora,
+        data_collator=collator_class(start.tokenizer.pad_token_id, job.training_args.max_length),
+        compute_metrics=functools.partial(average_pairs, beta=job.training_args.beta),
+    )
+    # TRL makes QLoRA's adapter bf16, which rounds most steps of a learning rate of 5e-6 away
+    if not is_sharded():
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    if job.training_args.torch_compile:
+        compile_layers(trainer.model, job.training_args)
+    return trainer
+
+
+def compile_layers(model: torch.nn.Module, args: DPOConfig) -> None:
+    """Compile each decoder layer, once for rows of any length."""
+    backend = args.torch_compile_backend or "inductor"
+    for module in model.modules():
+        if isinstance(module, transformers.modeling_layers.GradientCheckpointingLayer):
+            module.compile(backend=backend, mode=args.torch_compile_mode, dynamic=True)
+
+
+def prepare_for_trainer(job: Job, preferences: Preferences) -> DPOConfig:
+    """A copy of the arguments, without what this program does in the trainer's place."""
+    ours = copy.copy(job.training_args)
+    ours.torch_compile = False  # compile_layers does it
+    ours.torch_compile_backend = None
+    ours.torch_compile_mode = None
+    ours.push_to_hub = False  # at the end, once, instead of at each checkpoint
+    ours.hub_token = None  # checkpoints hold a copy of the arguments
+    ours.restore_callback_states_from_checkpoint = True  # early stopping counts on
+    if preferences.held_out is None:
+        ours.eval_strategy = IntervalStrategy.NO
+    # An interruption ends an epoch early, and would count as its end: count steps instead.
+    steps_per_epoch = math.ceil(len(preferences.train) / job.settings.global_batch_size)
+    if ours.eval_strategy == "epoch":
+        ours.eval_strategy = IntervalStrategy.STEPS
+        ours.eval_steps = steps_per_epoch
+        ours.eval_delay *= steps_per_epoch
+    if ours.logging_strategy == "epoch":
+        ours.logging_strategy = IntervalStrategy.STEPS
+        ours.logging_steps = steps_per_epoch
+    if ours.save_strategy == "epoch":
+        ours.save_strategy = SaveStrategy.STEPS
+        ours.save_steps = steps_per_epoch
+    return ours
+
+
+def disable_numeric_dropout(model: torch.nn.Module) -> None:
+    """Zero the dropout that layers keep as a number (`attention_dropout`): TRL reaches
+    torch.nn.Dropout alone.
+    """
+    holders = [model.config.get_text_config(), *model.modules()]
+    for holder in holders:
+        for name, value in vars(holder).items():
+            is_dropout = "drop" in name and isinstance(value, float)
+            if is_dropout:
+                setattr(holder, name, 0.0)
+
+
+class BalancedSampler(torch.utils.data.Sampler):
+    """Random order in whole optimizer steps; the passes of a step have alike many tokens.
+
+    Yields a list of pairs for each forward pass; accelerate hands pass k to process k modulo their
+    number, so no process waits long for another. Which pairs a step has does not depend on the
+    number of processes. The last step of an epoch is filled up with pairs from its start.
+    """
+
+    drop_last = False  # accelerate asks for it
+
+    def __init__(
+        self, tokens: np.ndarray, pairs_per_pass: int, passes_per_step: int, seed: int
+    ) -> None:
+        self.tokens = tokens
+        self.batch_size = pairs_per_pass
+        self.passes_per_step = passes_per_step
+        self.seed = seed
+        self.epoch = 0
+        self.steps = math.ceil(len(tokens) / (pairs_per_pass * passes_per_step))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order; each epoch has its own."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.steps * self.passes_per_step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.tokens))
+        for pairs in np.resize(order, (self.steps, self.passes_per_step * self.batch_size)):
+            yield from deal_pairs(pairs, self.tokens, self.passes_per_step)
+
+
+def deal_pairs(pairs: np.ndarray, tokens: np.ndarray, passes: int) -> list[list[int]]:
+    """Give the longest pair left to the pass with the fewest tokens that still has room."""
+    room = len(pairs) // passes
+    dealt = [[] for _ in range(passes)]
+    load = [0] * passes
+    for pair in sorted(pairs.tolist(), key=tokens.__getitem__, reverse=True):
+        open_passes = [number for number in range(passes) if len(dealt[number]) < room]
+        lightest = min(open_passes, key=load.__getitem__)
+        dealt[lightest].append(pair)
+        load[lightest] += tokens[pair]
+    return dealt
+
+
+class PreferenceTrainer(DPOTrainer):
+    """trl.DPOTrainer on tokenised pairs, with a reference free of noise and an evaluation that
+    is exact.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # not that they are computed before training: TRL reads the reference's log-probs from the
+        # batch, where add_reference puts them
+        self.precompute_ref_logps = True
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        # Private: TRL would tokenize again. Without it a moved pin fails at once, on columns that
+        # are not there.
+        return dataset
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: TRL writes a card at each checkpoint, ours is written at the end."""
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """Passes as BalancedSampler deals them."""
+        args = self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self.sampler = BalancedSampler(
+            np.array(self.train_dataset["packed_tokens"]),
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps * args.world_size,
+            seed,
+        )
+        pairs = self._remove_unused_columns(self.train_dataset)
+        # accelerate cuts the sums over an epoch's last pass to this length: the filled-up one
+        pairs.total_dataset_length = len(self.sampler) * self.sampler.batch_size
+        loader = torch.utils.data.DataLoader(
+            pairs,
+            batch_sampler=self.sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
+
+    def compute_ref_log_probs(
+        self, model: torch.nn.Module, inputs: dict
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log pi_ref of the chosen and of the rejected answers, (B,) each, in nats; in evaluation
+        mode.
+
+        In training mode the dropout of a frozen SFT adapter, or a router's noise, would be in the
+        reference.
+        """
+        was_training = model.training
+        model.eval()
+        logps = super().compute_ref_log_probs(model, inputs)
+        model.train(was_training)
+        return logps
+
+    def add_reference(self, inputs: dict) -> dict:
+        """The batch with the reference's log-probs, unless they were computed before training."""
+        if "ref_chosen_logps" not in inputs:
+            reference = self.model if self.ref_model is None else self.ref_model
+            chosen, rejected = self.compute_ref_log_probs(reference, inputs)
+            inputs["ref_chosen_logps"] = chosen
+            inputs["ref_rejected_logps"] = rejected
+        return inputs
+
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """The loss is TRL's; this adds the reference, and stops the run where it is not finite."""
+        loss = super().compute_loss(model, self.add_reference(inputs), *args, **kwargs)
+        if not math.isfinite(loss.detach()):
+            texts = self.processing_class.batch_decode(inputs["input_ids"][:, :60])
+            shown = [repr(text) for text in texts[: len(texts) // 2]]
+            raise UserError("\n  ".join([self.explain_overflow("loss"), *shown]), status=1)
+        return loss
+
+    def explain_overflow(self, what: str) -> str:
+        """What to do about a loss or gradient that is infinite or not a number."""
+        return (
+            f"the {what} is not finite at step {self.state.global_step + 1}, the last checkpoint "
+            f"is kept: lower learning_rate ({self.args.learning_rate:g}), raise beta, or use bf16, "
+            "not fp16"
+        )
+
+    @torch.no_grad()
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """Score each held-out pair alone: (B, 7) in place of logits, the columns of PAIR_SCORES.
+
+        Trainer gathers them from all processes without the pairs that only fill up the last batch,
+        so that the means are exact; TRL's own are means of means of batches, and count those pairs.
+        """
+        inputs = self.add_reference(self._prepare_inputs(inputs))
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        for_trl_alone = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+        for_the_model = {name: value for name, value in inputs.items() if name not in for_trl_alone}
+        with self.compute_loss_context_manager():
+            output = model(**for_the_model, labels=labels, use_cache=False, fused_lm_head=True)
+
+        def already_run(**_: Any) -> transformers.utils.ModelOutput:
+            return output
+
+        # the sums over an answer's tokens, by TRL, which knows ld_alpha
+        chosen_logps, rejected_logps = super().compute_ref_log_probs(already_run, inputs)
+        chosen_tokens, rejected_tokens = inputs["completion_mask"].sum(dim=1).chunk(2)
+        columns = {
+            "loss": self.score_losses(output, inputs),
+            "chosen_logps": chosen_logps,
+            "rejected_logps": rejected_logps,
+            "ref_chosen_logps": inputs["ref_chosen_logps"],
+            "ref_rejected_logps": inputs["ref_rejected_logps"],
+            "chosen_tokens": chosen_tokens,
+            "rejected_tokens": rejected_tokens,
+        }
+        scores = torch.stack([columns[name].float() for name in PAIR_SCORES], dim=1)
+        return None, scores, scores[:, :1]
+
+    def score_losses(self, output: transformers.utils.ModelOutput, inputs: dict) -> torch.Tensor:
+        """The loss of each pair alone, (B,), by TRL, from a forward that has run; without a
+        router's, which is a batch's.
+        """
+        per_row = {name: value for name, value in output.items() if value.ndim == 2}
+        pairs = len(inputs["ref_chosen_logps"])
+        had_router_loss = self.aux_loss_enabled
+        self.aux_loss_enabled = False
+        losses = []
+        for pair in range(pairs):
+            rows = [pair, pairs + pair]  # chosen and rejected
+            output_of_pair = type(output)(**{name: value[rows] for name, value in per_row.items()})
+            inputs_of_pair = {
+                "input_ids": inputs["input_ids"][rows],
+                "attention_mask": inputs["attention_mask"][rows],
+                "completion_mask": inputs["completion_mask"][rows],
+                "ref_chosen_logps": inputs["ref_chosen_logps"][pair : pair + 1],
+                "ref_rejected_logps": inputs["ref_rejected_logps"][pair : pair + 1],
+            }
+
+            def already_run(
+                result: transformers.utils.ModelOutput = output_of_pair, **_: Any
+            ) -> Any:
+                return result
+
+            losses.append(super().compute_loss(already_run, inputs_of_pair))
+        self.aux_loss_enabled = had_router_loss
+        # Private: TRL would log its means over batches under the names of ours. A test compares the
+        # log with float64.
+        self._metrics["eval"].clear()
+        return torch.stack(losses)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter alone, gathered where FSDP shards it: transformers would gather all
+        weights, or none.
+        """
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        options = StateDictOptions(
+            full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
+        )
+        weights = get_model_state_dict(self.model, options=options)
+        if self.args.should_save:
+            policy = self.accelerator.unwrap_model(self.model)
+            policy.save_pretrained(output_dir, state_dict=weights, selected_adapters=["default"])
+            self.processing_class.save_pretrained(output_dir)
+
+
+PAIR_SCORES = (
+    "loss",
+    "chosen_logps",
+    "rejected_logps",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+    "chosen_tokens",
+    "rejected_tokens",
+)
+
+
+def average_pairs(scored: transformers.EvalPrediction, beta: float) -> dict[str, float]:
+    """Means over the held-out pairs, each counted once; `scored.predictions` is (N, 7), the
+    columns of PAIR_SCORES.
+    """
+    pair = dict(zip(PAIR_SCORES, scored.predictions.astype(float).T, strict=True))
+    chosen_ratio = pair["chosen_logps"] - pair["ref_chosen_logps"]  # nats
+    rejected_ratio = pair["rejected_logps"] - pair["ref_rejected_logps"]
+    accuracies = chosen_ratio > rejected_ratio
+    low, high = wilson_interval(accuracies.mean(), len(accuracies))
+    means = {
+        "loss": pair["loss"].mean(),
+        "rewards/chosen": beta * chosen_ratio.mean(),
+        "rewards/rejected": beta * rejected_ratio.mean(),
+        "rewards/margins": beta * (chosen_ratio - rejected_ratio).mean(),
+        "rewards/accuracies": accuracies.mean(),
+        "rewards/accuracies_low": low,
+        "rewards/accuracies_high": high,
+        "logps/chosen": pair["chosen_logps"].mean(),
+        "logps/rejected": pair["rejected_logps"].mean(),
+        "nats_per_token/chosen": (chosen_ratio / pair["chosen_tokens"]).mean(),
+        "nats_per_token/rejected": (rejected_ratio / pair["rejected_tokens"]).mean(),
+    }
+    return {f"eval_{name}": float(value) for name, value in means.items()}
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """Bounds of the 95% interval of a share that was seen `count` times (Wilson, 1927)."""
+    z = 1.96
+    centre = share + z**2 / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    scale = 1 + z**2 / count
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+# ----------------------------------------------------------------------------------------- the plan
+GIB = 2**30
+CARDS = (24, 40, 48, 80, 141)  # GB of memory that GPUs commonly have
+PEAK_RATES = {"A100": 312e12, "H100": 989e12}  # operations a second in bf16, as advertised
+UTILISATION = 0.4  # the share of it that training commonly reaches
+FEW_STEPS = 20  # with fewer the adapter hardly moves
+REFERENCES = {
+    "base": "the policy with its adapter switched off",
+    "adapter": "a frozen copy of the adapter that training starts from",
+    "copy": "a second, frozen model",
+}
+
+
+class Pass(NamedTuple):
+    """What a forward pass computes: rows of so many tokens, some of which are scored."""
+
+    rows: int
+    length: int
+    scored: int  # tokens of the answers: they alone go through the output head
+
+
+def print_plan(job: Job, start: Start, preferences: Preferences, sharing: "Sharing") -> None:
+    """Show what the run will do and cost, each derived number with where it comes from.
+
+    No weight is read: shapes are enough to count weights, operations and memory.
+    """
+    if not is_main_process():
+        return
+    args = job.training_args
+    policy = build_without_weights(job, start)
+    passes = plan_passes(args, preferences, sharing)
+    steps = count_steps(args, len(preferences.train))
+    say(
+        *preferences.report,
+        *describe_policy(job, start, policy),
+        *describe_steps(args, len(preferences.train), steps),
+        *wrap("prefixes", sharing.line),
+        *describe_cost(job, start, policy, passes, steps),
+        *wrap("output", args.output_dir),
+    )
+    for remark in job.remarks:
+        say(*wrap("!", remark))
+    if job.settings.dry_run:
+        say(*describe_pair(start.tokenizer, preferences.train[0], args.max_length))
+
+
+def wrap(label: str, text: str) -> list[str]:
+    """A labelled line, wrapped to the screen; the label "!" marks what the user should know."""
+    begin = "! " if label == "!" else f"{label:<11}"
+    return textwrap.wrap(
+        begin + text,
+        width=79,
+        subsequent_indent=" " * len(begin),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def build_without_weights(job: Job, start: Start) -> peft.PeftModel:
+    """The policy at full size, with its adapter, on the meta device: shapes, and no memory."""
+    try:
+        # set_zero3_state: DeepSpeed would deal out weights that are not there
+        with torch.device("meta"), transformers.modeling_utils.set_zero3_state():
+            model = AutoModelForCausalLM.from_config(
+                start.config,
+                dtype=getattr(torch, job.model_args.dtype),
+                attn_implementation=job.model_args.attn_implementation,
+            )
+            return peft.get_peft_model(model, choose_lora(job, start))
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"{start.base_name} cannot be built: {first_line(error)}") from error
+
+
+def choose_lora(job: Job, start: Start) -> peft.PeftConfig:
+    """What the trained adapter is made from: the settings, or the adapter that is the start."""
+    if start.adapter is None:
+        return make_lora_config(job.model_args)
+    lora = copy.deepcopy(start.adapter)
+    lora.inference_mode = False
+    return lora
+
+
+def describe_policy(job: Job, start: Start, policy: peft.PeftModel) -> list[str]:
+    """What is trained, against what, and for which objective."""
+    args = job.training_args
+    trained, total = policy.get_nb_trainable_parameters()
+    frozen = total - trained
+    lora = policy.peft_config["default"]
+    reached, missed_experts = find_reach(policy)
+    quantised = ""
+    bits = count_bits(job, start.config)
+    if bits is not None:
+        quantised = f", {bits} bits in its layers"
+    lines = [
+        *wrap(
+            "policy",
+            f"{start.base_name}, {frozen:,} weights in {job.model_args.dtype}{quantised}",
+        ),
+        *wrap(
+            "adapter",
+            f"rank {lora.r}, alpha {lora.lora_alpha}: {trained:,} trained weights "
+            f"({trained / frozen:.2%}), beside {reached / frozen:.0%} of the policy's",
+        ),
+    ]
+    if missed_experts:
+        lines += wrap(
+            "!",
+            f"no expert has an adapter, only {reached / frozen:.1%} of the weights have: add "
+            f"`lora_target_parameters: [{', '.join(missed_experts)}]`",
+        )
+    objective = " + ".join(args.loss_type)
+    if args.loss_weights is not None:
+        objective += f", weighted {args.loss_weights}"
+    return [
+        *lines,
+        *wrap("reference", REFERENCES[start.reference]),
+        *wrap("objective", f"{objective}, beta {args.beta:g}"),
+    ]
+
+
+def find_reach(policy: peft.PeftModel) -> tuple[int, list[str]]:
+    """How many weights have an adapter beside them; the names, within a layer, of the stacks of
+    experts that have none.
+    """
+    reached = {}
+    for module in policy.modules():
+        if isinstance(module, BaseTunerLayer):
+            # beside a stack of experts, it knows the name of the parameter in their layer
+            name = getattr(module, "parameter_name", "weight")
+            weight = getattr(module.get_base_layer(), name)
+            reached[id(weight)] = weight.numel()
+    missed = set()
+    for name, weight in policy.named_parameters():
+        if "experts" in name and weight.ndim == 3 and id(weight) not in reached:
+            missed.add(re.sub(r".*\.\d+\.", "", name))
+    return sum(reached.values()), sorted(missed)
+
+
+def count_bits(job: Job, config: transformers.PretrainedConfig) -> int | None:
+    """Bits of a weight in the layers of a quantised model, scales left out; None for others."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None and not job.model_args.load_in_4bit and not job.model_args.load_in_8bit:
+        return None
+    # each method has words of its own: bits, num_bits, load_in_4bit, mxfp4
+    is_four = re.search(r"bits'?: 4|4bit'?: True|fp4|int4", str(quantization))
+    return 4 if is_four or job.model_args.load_in_4bit else 8
+
+
+def count_steps(args: DPOConfig, pairs: int) -> int:
+    """Optimizer steps of the run; the last one of an epoch is filled up."""
+    if args.max_steps > 0:
+        return args.max_steps
+    return math.ceil(args.num_train_epochs * math.ceil(pairs / count_batch(args)))
+
+
+def count_batch(args: DPOConfig) -> int:
+    """Pairs of an optimizer step."""
+    passes = args.gradient_accumulation_steps * args.world_size
+    return args.per_device_train_batch_size * passes
+
+
+def describe_steps(args: DPOConfig, pairs: int, steps: int) -> list[str]:
+    """Batch and steps, and a warning where they are too few to learn from."""
+    batch = count_batch(args)
+    warmup = args.get_warmup_steps(steps)
+    why = f"{args.num_train_epochs:g} (epochs) x {pairs:,} (pairs) / {batch}, rounded up"
+    if args.max_steps > 0:
+        why = "max_steps"
+    lines = [
+        *wrap(
+            "batch",
+            f"{batch} pairs = {args.per_device_train_batch_size} (per device) x "
+            f"{args.gradient_accumulation_steps} (accumulation) x {args.world_size} (processes)",
+        ),
+        *wrap(
+            "steps",
+            f"{steps:,} = {why}; learning rate {args.learning_rate:g}, "
+            f"{args.lr_scheduler_type.value}, warm-up {warmup}",
+        ),
+    ]
+    if batch > pairs:
+        lines += wrap("!", f"a step of {batch} pairs is more than there are, so pairs repeat in it")
+    if warmup >= steps:
+        lines += wrap(
+            "!", f"all {steps} steps are warm-up, from learning rate 0: lower warmup_steps"
+        )
+    if steps < FEW_STEPS:
+        # of four pairs or more on each process; epochs where that alone is not enough
+        size = max(4, int(args.num_train_epochs * pairs / FEW_STEPS / args.world_size))
+        epochs = max(args.num_train_epochs, math.ceil(FEW_STEPS * size * args.world_size / pairs))
+        lines += wrap(
+            "!",
+            f"{steps} steps hardly move the policy; `global_batch_size: {size * args.world_size}`, "
+            f"`per_device_train_batch_size: {math.gcd(size, args.per_device_train_batch_size)}` "
+            f"and `num_train_epochs: {epochs:g}` make {FEW_STEPS} or more",
+        )
+    return lines
+
+
+def plan_passes(args: DPOConfig, preferences: Preferences, sharing: "Sharing") -> list[Pass]:
+    """The forward passes of an epoch, as the sampler deals them out."""
+    pairs = preferences.train.with_format("numpy")
+    prompts = pairs["prompt_tokens"][:]
+    limit = args.max_length or math.inf
+    chosen = np.minimum(prompts + pairs["chosen_tokens"][:], limit)
+    rejected = np.minimum(prompts + pairs["rejected_tokens"][:], limit)
+    packed = pairs["packed_tokens"][:]
+    passes_per_step = args.gradient_accumulation_steps * args.world_size
+    seed = args.seed if args.data_seed is None else args.data_seed
+    sampler = BalancedSampler(packed, args.per_device_train_batch_size, passes_per_step, seed)
+    passes = []
+    for dealt in sampler:
+        scored = int((chosen + rejected - 2 * prompts)[dealt].sum())
+        if sharing.is_used:
+            passes.append(Pass(len(dealt), math.ceil(packed[dealt].mean()), scored))
+        else:
+            longest = int(np.maximum(chosen, rejected)[dealt].max())
+            passes.append(Pass(2 * len(dealt), longest, scored))
+    return passes
+
+
+def describe_cost(
+    job: Job, start: Start, policy: peft.PeftModel, passes: list[Pass], steps: int
+) -> list[str]:
+    """Operations of the whole run, and memory in its largest pass."""
+    args = job.training_args
+    tokens = [each.rows * each.length for each in passes]
+    largest = passes[np.argmax(tokens)]
+    try:
+        operations, kept = measure_pass(policy, largest, args)
+    except Exception as error:  # a model may need values where there are only shapes
+        return wrap("!", f"operations and memory could not be counted: {first_line(error)}")
+
+    forwards = "policy, reference, backward"  # back as forth: the weights are frozen
+    if args.gradient_checkpointing:
+        forwards += ", recomputation"
+    layers = len(forwards.split(",")) * operations / max(tokens)  # for each token
+    head = 4 * 2 * policy.get_base_model().get_output_embeddings().weight.numel()  # it recomputes
+    scored = sum(each.scored for each in passes)
+    pairs = len(passes) * args.per_device_train_batch_size
+    per_pair = (layers * sum(tokens) + head * scored) / pairs
+    trained_pairs = steps * count_batch(args)
+    text = (
+        f"{trained_pairs * per_pair:.2g} operations = {trained_pairs:,} (pairs) x {per_pair:.3g} "
+        f"({forwards})"
+    )
+    if is_for_gpu(job):
+        hours = []
+        for name, rate in PEAK_RATES.items():
+            seconds = trained_pairs * per_pair / (UTILISATION * rate * args.world_size)
+            hours.append(f"{seconds / 3600:,.2f} h on {args.world_size} {name}")
+        text += f"; an estimate, at {UTILISATION:.0%} of the peak: {', '.join(hours)}"
+    parts = estimate_memory(job, start, policy, largest, kept)
+    return [*wrap("compute", text), *describe_memory(job, parts, max(tokens))]
+
+
+def is_for_gpu(job: Job) -> bool:
+    """Whether the run is meant for a GPU: a dry run where there is none has remarked on it."""
+    return not job.training_args.use_cpu or bool(job.remarks)
+
+
+def estimate_memory(
+    job: Job, start: Start, policy: peft.PeftModel, largest: Pass, kept: int
+) -> dict[str, float]:
+    """Bytes on one GPU in the largest pass, by what they hold."""
+    args = job.training_args
+    text_config = start.config.get_text_config()
+    shards = args.world_size if is_sharded() else 1
+    adapter = 4 * policy.get_nb_trainable_parameters()[0] / shards  # float32
+    weights = 0
+    bits = count_bits(job, start.config)
+    for weight in policy.parameters():
+        # quantisation leaves vectors, embeddings and head as they are, and adds scales
+        is_table = text_config.vocab_size in weight.shape
+        if bits is not None and weight.ndim > 1 and not is_table:
+            weights += weight.numel() * (bits + 0.25) / 8 / shards
+        elif not weight.requires_grad:
+            weights += weight.nbytes / shards
+    parts = {"weights": weights, "adapter": adapter, "gradients": adapter}
+    parts["optimizer"] = 2 * adapter  # Adam's moments
+    if "8bit" in args.optim:
+        parts["optimizer"] = adapter / 2
+    parts["reference"] = {"base": 0, "adapter": adapter, "copy": weights}[start.reference]
+
+    state = text_config.hidden_size * policy.get_base_model().dtype.itemsize
+    parts["activations"] = kept
+    if args.gradient_checkpointing:  # the input of each layer, and what one of them keeps
+        layers = text_config.num_hidden_layers
+        parts["activations"] = layers * largest.rows * largest.length * state + kept / layers
+    # TRL's head: hidden states, their gradient in float32, a tile of 4096 x 32768 logits
+    parts["head"] = largest.scored * (state + 4 * text_config.hidden_size)
+    parts["head"] += 2 * min(largest.scored, 4096) * min(text_config.vocab_size, 32768)
+    # CUDA itself, and what lies idle between tensors
+    parts["overhead"] = GIB + 0.1 * (parts["activations"] + parts["head"])
+    return parts
+
+
+def describe_memory(job: Job, parts: dict[str, float], tokens: int) -> list[str]:
+    """The sum with its parts, and which card has room for it."""
+    total = sum(parts.values()) / GIB
+    terms = " + ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
+    text = f"{total:.1f} GiB in the largest pass, of {tokens:,} tokens: {terms}"
+    if not is_for_gpu(job):
+        return wrap("memory", text)
+    cards = [0.98 * size for size in CARDS]  # the driver takes some
+    device = job.training_args.device
+    if device.type == "cuda":
+        cards = [torch.cuda.get_device_properties(device).total_memory / GIB]
+    for room in cards:
+        if room > total:
+            return wrap("memory", f"{text}; fits in {room:.0f}, with {room - total:.0f} to spare")
+    advice = (
+        "halve per_device_train_batch_size, turn gradient_checkpointing or load_in_4bit on, or "
+        "share the model out over GPUs (configs/accelerate/fsdp2.yaml)"
+    )
+    return [*wrap("memory", text), *wrap("!", f"{cards[-1]:.0f} GiB are not enough: {advice}")]
+
+
+def measure_pass(policy: peft.PeftModel, size: Pass, args: DPOConfig) -> tuple[int, int]:
+    """Operations of the layers in a forward pass, and bytes that they keep for the backward pass
+    without checkpointing.
+
+    On fake tensors, which have shapes alone: a model of any size takes seconds and no memory.
+    """
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[id(storage)] = storage  # several tensors may look at one
+        return tensor
+
+    def give_back(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    formulas = {  # which torch has none for
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: count_attention,
+        torch.ops.aten._grouped_mm: count_experts,
+    }
+    # it would print a traceback of its own before it raises
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+    dtype = torch.bfloat16 if args.bf16 else torch.float16
+    with (
+        # Private, but documented by torch: if it moves, the import at the top fails at once
+        FakeTensorMode(allow_non_fake_inputs=True),
+        FlopCounterMode(display=False, custom_mapping=formulas) as counter,
+        torch.autocast("cpu", dtype, enabled=args.bf16 or args.fp16),
+        peft.helpers.disable_input_dtype_casting(policy, active=args.bf16),
+        torch.autograd.graph.saved_tensors_hooks(keep, give_back),
+    ):
+        backbone = policy.to_empty(device="cpu").eval().get_base_model().base_model
+        ids = torch.zeros(size.rows, size.length, dtype=torch.long)
+        backbone(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    for weight in policy.parameters():
+        kept.pop(id(weight.untyped_storage()), None)
+    return counter.get_total_flops(), sum(storage.nbytes() for storage in kept.values())
+
+
+def count_attention(query: torch.Size, key: torch.Size, *_: Any, **__: Any) -> int:
+    """Operations of attention without a mask: query (B, heads, L, D), key (B, heads, K, D)."""
+    return 4 * math.prod(query) * key[-2]
+
+
+def count_experts(rows: torch.Size, weights: torch.Size, *_: Any, **__: Any) -> int:
+    """Operations of rows (N, D), each with one of the experts' weights (E, D, F)."""
+    return 2 * math.prod(rows) * weights[-1]
+
+
+MINIATURE_SIZES = {  # a miniature's size at most: the names that configurations give to it
+    96: "intermediate_size moe_intermediate_size ffn_dim n_inner ffn_hidden_size decoder_ffn_dim "
+    "encoder_ffn_dim shared_expert_intermediate_size shared_experts_intermediate_size "
+    "shared_intermediate_size intermediate_size_mlp expert_ffn_hidden_size",
+    64: "hidden_size d_model n_embd embedding_size word_embed_proj_dim attention_hidden_size",
+    32: "qk_head_dim",
+    16: "head_dim v_head_dim qk_rope_head_dim qk_nope_head_dim kv_channels swa_head_dim "
+    "kv_lora_rank q_lora_rank rotary_dim hidden_size_per_layer_input mamba_d_head mamba_d_state "
+    "sliding_window sliding_window_size keep_window_size index_topk attention_chunk_size",
+    8: "mamba_n_heads",
+    4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads "
+    "encoder_attention_heads swa_num_attention_heads num_experts n_routed_experts "
+    "num_local_experts moe_num_experts",
+    2: "num_experts_per_tok num_experts_per_token moe_topk moe_k n_group",
+    1: "topk_group first_k_dense_replace num_dense_layers",
+    0: "num_kv_shared_layers num_nextn_predict_layers",
+}
+SIZE_OF = {name: size for size, names in MINIATURE_SIZES.items() for name in names.split()}
+LAYER_COUNTS = "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers".split()
+
+
+def make_miniature(config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
+    """The same architecture and vocabulary on the CPU: narrow, with a layer or two of each kind.
+
+    Its float32 weights are random, but seeded, and wide enough that a wrong mask or position shows.
+    Windows are short, so that a short row reaches beyond them. Raises ValueError where the
+    architecture cannot be made small.
+    """
+    values = shrink_config(config.to_dict())
+    values.pop("quantization_config", None)
+    try:
+        # ZeRO-3 would part out the weights over the processes
+        with torch.random.fork_rng(devices=[]), transformers.modeling_utils.set_zero3_state():
+            torch.manual_seed(0)
+            small = type(config).from_dict(values)
+            model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
+            for weight in model.parameters():
+                if weight.ndim > 1:
+                    torch.nn.init.normal_(weight, std=0.2)
+    except Exception as error:  # whatever an architecture makes of sizes that it has never seen
+        told = f"a {config.model_type} cannot be made small: {first_line(error)}"
+        raise ValueError(told) from error
+    return model
+
+
+def shrink_config(values: dict) -> dict:
+    """A configuration, and those inside it, with the sizes of a miniature."""
+    small = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            small[name] = shrink_config(value)
+        else:
+            small[name] = shrink_size(value, SIZE_OF.get(name, math.inf))
+
+    heads = values.get("num_attention_heads")
+    key_heads = values.get("num_key_value_heads")
+    if isinstance(key_heads, int) and key_heads != heads:
+        small["num_key_value_heads"] = min(key_heads, 2)
+    elif key_heads is not None:
+        small["num_key_value_heads"] = small["num_attention_heads"]
+    if isinstance(small.get("rope_parameters"), dict) and heads is not None:
+        head_size = values.get("head_dim") or values["hidden_size"] // heads
+        for name in ("long_factor", "short_factor"):  # one per rotated dimension
+            factors = small["rope_parameters"].get(name)
+            if factors is not None:
+                factors = factors[: len(factors) * SIZE_OF["head_dim"] // head_size]
+                small["rope_parameters"][name] = factors
+    for name in LAYER_COUNTS:
+        if isinstance(small.get(name), int):
+            keep_layers(small, name)
+    return small
+
+
+def shrink_size(value: Any, largest: float) -> Any:
+    """A size, or a list with one per layer, of at most `largest`; all else as it is."""
+    if isinstance(value, list):
+        return [shrink_size(one, largest) for one in value]
+    if isinstance(value, int):
+        return min(value, largest)
+    return value
+
+
+def keep_layers(small: dict, name: str) -> None:
+    """Keep the first layer of each kind, two at least and four at most, and their entries in lists.
+
+    `name` is that of the number of layers.
+    """
+    layers = small[name]
+    lists = {}
+    for other, value in small.items():
+        if isinstance(value, list) and len(value) == layers:
+            lists[other] = value
+    overrides = small.get("per_layer_config")  # {"05": ...}, of the layers that differ
+    if overrides is not None:
+        by_number = {int(layer): override for layer, override in overrides.items()}
+        lists["per_layer_config"] = [by_number.get(layer) for layer in range(layers)]
+
+    kept = []
+    kinds = set()
+    for layer in range(layers):
+        new_kinds = {(other, str(value[layer])) for other, value in lists.items()} - kinds
+        if new_kinds and len(kept) < 4:
+            kept.append(layer)
+            kinds |= new_kinds
+    if len(kept) < 2:  # all of a kind
+        kept = list(range(min(layers, 2)))
+    small[name] = len(kept)
+    for other, value in lists.items():
+        small[other] = [value[layer] for layer in kept]
+    if overrides is not None:
+        entries = enumerate(small["per_layer_config"])
+        small["per_layer_config"] = {str(layer): value for layer, value in entries if value}
+
+
+REHEARSED_PAIRS = 8
+REHEARSED_TOKENS = 16  # of a prompt, its last; of an answer, its first: seconds on a CPU
+GPU_OPTIMIZERS = "bnb|paged|8bit|lion|ademamix"  # those of bitsandbytes
+
+
+def rehearse(job: Job, start: Start, preferences: Preferences) -> None:
+    """Run the run in miniature, by its own settings and through its own functions, in a folder
+    that is then deleted.
+
+    Raises UserError with a library's own words, where they came, and which setting they may mean.
+    """
+    began_at = time.monotonic()
+    printed = io.StringIO()
+    with (
+        make_rehearsal_folder(job) as folder,
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+    ):
+        obstacle = save_miniature(job, start, folder)
+        if obstacle is None:
+            small_job = shrink_job(job, start, folder)
+            try:
+                run_miniature(small_job, shorten_preferences(preferences))
+            except Exception as error:
+                status = max(2, getattr(error, "status", 2))  # a signal's is above 128
+                raise UserError(explain_rehearsal(error, job), status) from error
+    if obstacle is not None:
+        say(*wrap("!", f"not rehearsed: {obstacle}"))
+        return
+    for line in printed.getvalue().splitlines():
+        if line.startswith("! no samples"):
+            say(line)
+    told = (
+        f"in {time.monotonic() - began_at:.0f} s: a miniature with {REHEARSED_PAIRS} pairs cut to "
+        f"{REHEARSED_TOKENS} tokens a part, two steps, evaluation, checkpoint, resume, samples, "
+        "saving, loading"
+    )
+    if job.settings.merge:
+        told += ", merging"
+    if lacks_gpu(job):
+        told += "; without a GPU not its kernels, fp16, quantisation, offloading, torch_compile"
+    say(*wrap("rehearsed", told))
+
+
+def lacks_gpu(job: Job) -> bool:
+    """Whether a run that is meant for a GPU is rehearsed on a CPU."""
+    return is_for_gpu(job) and job.training_args.device.type != "cuda"
+
+
+@contextlib.contextmanager
+def make_rehearsal_folder(job: Job) -> Iterator[Path]:
+    """A hidden folder where output_dir is or will be: all processes see it."""
+    place = Path(job.training_args.output_dir).absolute()
+    while not place.exists():
+        place = place.parent
+    state = job.training_args.distributed_state
+    with contextlib.ExitStack() as held:
+        name = None
+        if state.is_main_process:
+            name = held.enter_context(tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=place))
+        [name] = accelerate.utils.broadcast_object_list([name])
+        yield Path(name)
+        state.wait_for_everyone()
+
+
+def save_miniature(job: Job, start: Start, folder: Path) -> str | None:
+    """Write the base in miniature, and an adapter of it where the start is one. Returns why that
+    cannot be done, or None.
+    """
+    lora = choose_lora(job, start)
+    lora.base_model_name_or_path = str(folder / "base")
+    try:
+        model = make_miniature(start.config)
+        model.base_model(input_ids=torch.arange(8)[None], use_cache=False)
+        if is_main_process():
+            model.save_pretrained(folder / "base")
+            start.tokenizer.save_pretrained(folder / "base")
+        if len(start.tokenizer) > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(len(start.tokenizer))
+        policy = peft.get_peft_model(model, lora)
+    except Exception as error:  # of an odd architecture, or of LoRA's place in so few layers
+        return first_line(error)
+    if start.adapter is not None and is_main_process():
+        policy.save_pretrained(folder / "start")
+        start.tokenizer.save_pretrained(folder / "start")
+    job.training_args.distributed_state.wait_for_everyone()
+    return None
+
+
+def shrink_job(job: Job, start: Start, folder: Path) -> Job:
+    """The settings with the miniature in the model's place: two steps of two passes, a checkpoint
+    at each, nothing sent anywhere.
+    """
+    model_args = copy.copy(job.model_args)
+    model_args.model_name_or_path = str(folder / ("base" if start.adapter is None else "start"))
+    model_args.model_revision = None
+    args = copy.copy(job.training_args)
+    args.output_dir = str(folder / "run")
+    args.max_steps = 2
+    args.gradient_accumulation_steps = 2
+    args.per_device_train_batch_size = min(2, args.per_device_train_batch_size)
+    args.per_device_eval_batch_size = 2
+    args.eval_delay = 0
+    for kind, steps in (("logging", 1), ("eval", 2), ("save", 1)):
+        setattr(args, f"{kind}_steps", steps)
+        strategy = getattr(args, f"{kind}_strategy")
+        if strategy != "no":
+            setattr(args, f"{kind}_strategy", type(strategy)("steps"))
+    args.dataloader_num_workers = min(1, args.dataloader_num_workers)
+    args.report_to = []
+    args.torch_compile = False
+    if lacks_gpu(job):
+        model_args.load_in_4bit = False
+        model_args.load_in_8bit = False
+        model_args.attn_implementation = None
+        model_args.dtype = "float32"
+        args.fp16 = False
+        args.activation_offloading = False
+        if re.search(GPU_OPTIMIZERS, args.optim):
+            args.optim = transformers.training_args.OptimizerNames.ADAMW_TORCH
+    second = job.settings.ref_model_name_or_path and str(folder / "base")
+    settings = dataclasses.replace(
+        job.settings,
+        global_batch_size=count_batch(args),
+        ref_model_name_or_path=second,
+        sample_prompts=min(2, job.settings.sample_prompts),
+        dry_run=False,
+        overwrite=False,
+    )
+    return job._replace(settings=settings, model_args=model_args, training_args=args)
+
+
+def shorten_preferences(preferences: Preferences) -> Preferences:
+    """The first pairs: the end of each prompt, and the beginnings of its answers."""
+    short = {"train": preferences.train.take(REHEARSED_PAIRS), "held_out": None}
+    if preferences.held_out is not None:
+        short["held_out"] = preferences.held_out.take(2)
+    for name, pairs in short.items():
+        rows = []
+        for pair in pairs or []:
+            pair["prompt_ids"] = pair["prompt_ids"][-REHEARSED_TOKENS:]
+            pair["chosen_ids"] = pair["chosen_ids"][:REHEARSED_TOKENS]
+            pair["rejected_ids"] = pair["rejected_ids"][:REHEARSED_TOKENS]
+            for part in ("prompt", "chosen", "rejected"):
+                pair[f"{part}_tokens"] = len(pair[f"{part}_ids"])
+            rows.append(pair)
+        if rows:
+            short[name] = Dataset.from_list(rows)
+    return Preferences(**short, report=[])
+
+
+def run_miniature(job: Job, preferences: Preferences) -> None:
+    """What `main` does with weights, broken off after the first step and taken up again."""
+    folder = Path(job.training_args.output_dir)
+    start = load_start(job)
+    sharing = check_sharing(job, start, preferences)
+    with open_output(job, preferences):
+        trainer = build_trainer(job, start, preferences, sharing)
+        train_policy(trainer, job, preferences)
+        if is_main_process():
+            shutil.rmtree(folder / "checkpoint-2", ignore_errors=True)  # as if it were not written
+    with open_output(job, preferences):
+        trainer = build_trainer(job, start, preferences, sharing)
+        report = train_policy(trainer, job, preferences)
+        save_adapter(trainer)
+        show_samples(trainer, job, report)
+        save_report(trainer, job, start, report)
+    if not is_sharded():
+        compare_saved(trainer, job, preferences)
+    if job.settings.merge:
+        merge_adapter(job, start, preferences)
+
+
+@torch.no_grad()
+def compare_saved(trainer: PreferenceTrainer, job: Job, preferences: Preferences) -> None:
+    """Raise UserError where PEFT alone loads another policy than the one that was trained."""
+    saved = peft.AutoPeftModelForCausalLM.from_pretrained(
+        job.training_args.output_dir, dtype=job.model_args.dtype
+    )
+    pair = preferences.train.take(1)
+    trained = score_tokens(trainer.model.eval(), pair)
+    loaded = score_tokens(saved.to(trainer.args.device).eval(), pair)
+    gap = (loaded - trained).abs().mean().item()
+    if not gap <= MERGE_TOLERANCE[str(job.model_args.dtype)]:  # it may be nan
+        raise UserError(f"the saved adapter's log-probs are {gap:.2g} nats a token off")
+
+
+def explain_rehearsal(error: Exception, job: Job) -> str:
+    """Where it came, what it says, and the settings whose name or value it has, or all that were
+    given.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame.name for frame in frames if frame.filename == __file__]
+    where = ours[min(2, len(ours) - 1)]  # rehearse, run_miniature, and what that called
+    what = str(error).strip()
+    if not isinstance(error, UserError):
+        what = f"{type(error).__name__}: {first_line(error)}"
+
+    words = {word.strip(".") for word in re.findall(r"[\w.-]+", str(error))}
+    values = flat_settings(job)
+    for place in ("model_name_or_path", "ref_model_name_or_path", "dataset_name", "output_dir"):
+        values.pop(place, None)
+    names = [name for name in job.layers if name in values]
+    given = [name for name in names if not job.layers[name].startswith("constant")]
+    meant = []
+    for name in names:
+        ends = [word for word in words if len(word) > 7 and name.endswith(word)]
+        if name in words or ends or words.intersection(re.findall(r"[\w.-]+", str(values[name]))):
+            meant.append(name)
+    suspects = [name for name in meant if name in given] or meant or given
+    shown = [f"{job.layers[name]} ({values[name]})" for name in suspects]
+    told = f"this run would fail, its rehearsal does in {where}: {what}"
+    return f"{told}\n  it may mean {', '.join(shown)}"
+
+
+# ------------------------------------------------------------------------------------------ insight
 LN2 = math.log(2)  # the sigmoid loss where policy and reference are equal
 RECENT = 5  # log lines that make "now": fewer are noise, more hide a turn
-COLUMNS = {"step": "d", "loss": ".4f", "rewards/margins": ".4f", "rewards/accuracies": ".3f", "rewards/chosen": ".4f",
-           "rewards/rejected": ".4f", "pairs/s": ".2f", "learning_rate": ".2e"}  # fmt: skip
-HEADER = " ".join(f"{name.removeprefix('rewards/'):>10}" for name in COLUMNS)
-ADVICE = {  # kind: (when, and why there; what to say), in the numbers of `advise`; no comparison with nan holds
-    "flat": (lambda n: n.done >= 0.25 and abs(n.loss - LN2) < 0.005 and abs(n.margins) < 0.01,  # healthy: 0.1
-        "loss stays at {loss:.4f}, margins at {margins:.4f}: learning_rate {lr:g} is too small for LoRA, try ten "
-        "times that, or the adapter is frozen"),
-    "labels": (lambda n: n.done >= 0.33 and n.accuracies < 0.55 and abs(n.margins) >= 0.01,  # healthy: 0.65
-        "accuracies stay at {accuracies:.2f}: are the pairs' sides swapped, alike or cut off? See `--dry_run true`"),
-    "displacement": (lambda n: n.margins > 0.5 and n.chosen / n.beta < -25,  # healthy runs end above -20 nats
-        "rewards/chosen fell to {chosen:.2f} as margins grew to {margins:.2f}: raise beta ({beta:g}), or add an SFT "
-        "term, `loss_type: [sigmoid, sft]` with `loss_weights: [1.0, 0.2]`"),
-    "overfitting": (lambda n: n.accuracies > 0.95 and n.best > n.eval_accuracies_high,  # beyond its 95% interval
-        "train accuracies are {accuracies:.2f}, held-out ones fell from {best:.3f} to {eval_accuracies:.3f}: stop at "
-        "the best, `max_steps: {best_step:g}`, or train fewer epochs"),
-    "divergence": (lambda n: n.nats > 200,  # an answer e^200 times likelier or less likely: beta no longer holds it
-        "{nats:.0f} nats per answer from the reference are too far: raise beta ({beta:g}), or lower learning_rate"),
-    "longer": (lambda n: n.length_ratio > 1.5,  # half as long again is more than sampling noise
-        "answers grew {length_ratio:.1f} times as long as the pairs ask for: try `loss_type: sigmoid_norm`"),
-    "runaway": (lambda n: n.loss > 3 * n.untrained or n.nats > 1000,  # far worse than having learned nothing
-        "stopped at loss {loss:.3g}, {nats:.0f} nats per answer from the reference: learning_rate {lr:g} destroys the "
-        "model, 5e-6 is usual for LoRA"),
-}  # fmt: skip
+SIGN_OF_LIFE = 30  # seconds without a line after which an evaluation says how far it is
+COLUMNS = {  # metrics of a row on the screen, and their widths: 79 with step, speed and times
+    "loss": 9,
+    "rewards/margins": 9,
+    "rewards/accuracies": 11,
+    "rewards/chosen": 9,
+    "rewards/rejected": 9,
+}
+HEADER = f"{'step':>6}" + "".join(
+    f"{name.removeprefix('rewards/'):>{width}}" for name, width in COLUMNS.items()
+)
 
 
-def read_log(history: list[dict]) -> pd.DataFrame:
-    """The log, one row a step: loss and rewards in training, and with eval_ before their names, held-out."""
-    names = [part + name for part in ("", "eval_") for name in (*PAIR_METRICS, *BOUNDS)]
-    return pd.DataFrame(history, columns=["step", *names], dtype=float).groupby("step").first()
+class Report(TrainerCallback):
+    """What a run shows: a row per log line, metrics.jsonl, rewards.png, advice.
+
+    `advice` is {kind: line}; it stands in the log, so that checkpoints keep it. `stopped` says why
+    the run was stopped, if it was: its adapter is of no use then.
+    """
+
+    def __init__(self, trainer: PreferenceTrainer, job: Job) -> None:
+        self.job = job
+        self.folder = Path(job.training_args.output_dir)
+        self.answer_tokens = count_answer_tokens(
+            trainer.train_dataset, job.training_args.max_length
+        )
+        self.advice = read_advice(trainer.state.log_history)
+        self.stopped: str | None = None
+        self.first_step = 0  # of this process: a resumed run has done some before
+        self.began_at = time.monotonic()  # seconds, as all times here
+        self.spoke_at = self.began_at
+        self.mark = (0, self.began_at)  # step and time from which the speed is measured
+        self.passes_evaluated = 0
+        self.has_told_end = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock and print the head of the table."""
+        self.advice = read_advice(state.log_history)
+        self.first_step = state.global_step
+        self.began_at = time.monotonic()
+        self.mark = (state.global_step, self.began_at)
+        say("", f"{HEADER}{'pairs/s':>8}{'elapsed':>9}{'left':>9}")
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Say how far a long evaluation is."""
+        if self.passes_evaluated == 0:
+            self.spoke_at = time.monotonic()
+        self.passes_evaluated += 1
+        if time.monotonic() > self.spoke_at + SIGN_OF_LIFE:
+            self.spoke_at = time.monotonic()
+            say(f"       evaluation: {self.passes_evaluated} of {len(eval_dataloader)} passes")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the evaluation out of the speed."""
+        self.passes_evaluated = 0
+        self.mark = (state.global_step, time.monotonic())
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any
+    ) -> None:
+        """Print the row and what it calls for; keep metrics.jsonl and rewards.png up to date."""
+        if "train_runtime" in logs:  # the totals at the end
+            return
+        history = state.log_history
+        if "loss" in logs:
+            say(format_row(history[-1]) + self.format_times(state))
+        if "eval_loss" in logs:
+            say(format_row(history[-1]))
+        self.advise(state, control)
+        if not state.is_world_process_zero:
+            return
+        write_metrics(history, self.folder / "metrics.jsonl")
+        # a picture takes a second
+        if "eval_loss" in logs or len(history) % 20 == 1:
+            draw_rewards(history, name_run(self.job), self.folder / "rewards.png")
+
+    def format_times(self, state: transformers.TrainerState) -> str:
+        """The end of a row: pairs per second, the time that passed and the time that is left."""
+        now = time.monotonic()
+        step, then = self.mark
+        self.mark = (state.global_step, now)
+        speed = (state.global_step - step) * self.job.settings.global_batch_size / (now - then)
+        elapsed = now - self.began_at
+        done = state.global_step - self.first_step
+        left = elapsed / done * (state.max_steps - state.global_step)
+        text = f"{speed:8.2f}{format_time(elapsed):>9}{format_time(left):>9}"
+        # once, when the estimate has settled, and for runs of more than ten minutes
+        if done >= 10 and left > 600 and not self.has_told_end:
+            self.has_told_end = True
+            text += time.strftime(
+                "\n       ends on %a %d %b, %H:%M", time.localtime(time.time() + left)
+            )
+        return text
+
+    def advise(
+        self, state: transformers.TrainerState, control: transformers.TrainerControl
+    ) -> None:
+        """Say what the log calls for, each kind once; save and stop a run that destroys the
+        model.
+        """
+        trend = read_trend(state, self.job, self.answer_tokens)
+        if trend is None:
+            return
+        where = f"step {state.global_step} of {state.max_steps}"
+        for kind, text in find_advice(trend, self.job.training_args).items():
+            if kind not in self.advice:
+                self.advice[kind] = f"! {where}: {text}"
+                say(self.advice[kind])
+                state.log_history.append(
+                    {"step": state.global_step, "advice": {kind: self.advice[kind]}}
+                )
+        if is_runaway(trend):
+            self.stopped = (
+                f"stopped and saved at {where}: loss {trend.loss:.3g} is far worse than "
+                f"{trend.untrained:.3g}, the untrained policy's: learning_rate "
+                f"{self.job.training_args.learning_rate:g} destroys the model, 5e-6 is usual for "
+                "LoRA; change it and add `--overwrite true`"
+            )
+            control.should_save = True
+            control.should_training_stop = True
 
 
-def advise(history: list[dict], s: argparse.Namespace, given: dict[str, str], length_ratio: float = math.nan) -> None:
-    """Say what the log calls for, each kind once: `given` keeps it. Raises UserError, status 1, on a runaway."""
-    log = read_log(history).rename(columns=lambda name: name.replace("rewards/", ""))
-    if log.loss.count() < RECENT:
-        return
-    n, step, shares = log.tail(RECENT).mean(), log.index.max(), log.eval_accuracies
-    n["nats"], n["length_ratio"] = n[["chosen", "rejected"]].abs().max() / s.beta, length_ratio
-    n["best"], n["best_step"] = shares.max(), (shares == shares.max()).idxmax()
-    n["done"] = step / s.planned_steps if step >= 20 else 0
-    n["lr"], n["beta"], n["untrained"] = s.learning_rate, s.beta, LN2 if s.loss_type == ["sigmoid"] else math.inf
-    for kind, (when, text) in ADVICE.items():
-        if kind not in given and when(n):
-            given[kind] = f"! step {step:.0f} of {s.planned_steps}: {text.format(**n)}"
-            if kind == "runaway":
-                raise UserError(given[kind], status=1)
-            say(given[kind])
+def count_answer_tokens(pairs: Dataset, max_length: int | None) -> float:
+    """Mean length of the answers after the cut, in tokens."""
+    columns = pairs.with_format("numpy")
+    answers = np.stack([columns["chosen_tokens"][:], columns["rejected_tokens"][:]])
+    if max_length is not None:
+        answers = np.minimum(answers, max_length - columns["prompt_tokens"][:])
+    return float(answers.mean())
+
+
+def read_advice(history: list[dict]) -> dict[str, str]:
+    """{kind: line} of the advice that stands in a log."""
+    advice = {}
+    for row in history:
+        advice |= row.get("advice", {})
+    return advice
+
+
+def write_metrics(history: list[dict], path: Path) -> None:
+    """metrics.jsonl: all log lines, since a resumed run drops those after its checkpoint."""
+    lines = []
+    for row in history:
+        if "train_runtime" in row:
+            continue
+        kept = {"step": row["step"]}
+        for name in sorted(row):
+            # times differ from run to run, and TRL counts num_tokens from 0 after each resume
+            is_left_out = name.endswith(("_runtime", "_per_second", "_time", "num_tokens"))
+            if not is_left_out:
+                kept[name] = row[name]
+        lines.append(json.dumps(kept) + "\n")
+    write_file(path, "".join(lines).encode())
+
+
+def format_time(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def format_row(row: dict) -> str:
-    """A log line, aligned below HEADER."""
-    cells = {name.removeprefix("eval_"): value for name, value in row.items()}
-    text = " ".join(f"{cells[name]:10{form}}" for name, form in COLUMNS.items() if name in cells)
-    interval = " held-out, accuracies {rewards/accuracies_low:.3f} to {rewards/accuracies_high:.3f}"
-    return text + interval.format_map(cells) if "eval_loss" in row else text
+    """The metrics of a log line below HEADER; a held-out one ends in its accuracies' interval."""
+    prefix = "eval_" if "eval_loss" in row else ""
+    text = f"{row['step']:>6}"
+    for name, width in COLUMNS.items():
+        value = row[f"{prefix}{name}"]
+        form = ".4f" if abs(value) < 100 else ".2g"
+        text += f"{value:>{width}{form}}"
+    if prefix:
+        low = row["eval_rewards/accuracies_low"]
+        high = row["eval_rewards/accuracies_high"]
+        text += f"  held out, {low:.3f} to {high:.3f}"
+    return text
 
 
-class Report(transformers.TrainerCallback):
-    """What a run shows beside the bar: a row per log line, metrics.jsonl, rewards.png, advice."""
+class Trend(NamedTuple):
+    """Where a run stands: medians of its last log lines. In nats: rewards grow with beta."""
 
-    def __init__(self, trainer: PreferenceTrainer, s: argparse.Namespace):
-        self.trainer, self.s, self.folder = trainer, s, Path(s.output_dir)
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step:
-            state.compute_steps(args, state.max_steps)  # the checkpoint has the save_steps of the run that wrote it
-            self.trainer._total_train_tokens, passes, averages = state.stateful_callbacks["averages"]
-            for name, values in averages.items():  # the next log line is of the steps before the break too
-                same = args.gradient_accumulation_steps == passes  # else a step would not weigh as much as one to come
-                count = len(values) // passes * args.gradient_accumulation_steps
-                self.trainer._metrics["train"][name] = values if same else [np.mean(values).item()] * count
-        self.advice = state.stateful_callbacks.setdefault("advice", {})  # checkpoints keep it: nothing is said twice
-        self.shown = state.global_step, time.perf_counter()
-        say(HEADER)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "train_runtime" in logs:  # the totals at the end
-            return
-        history, (step, then), self.shown = state.log_history, self.shown, (state.global_step, time.perf_counter())
-        history[-1] = {name: v for name, v in history[-1].items() if not re.search("runtime|per_second|prep", name)}
-        if is_main():
-            rows = [json.dumps({"step": row["step"]} | dict(sorted(row.items()))) + "\n" for row in history]
-            write_file(self.folder / "metrics.jsonl", "".join(rows).encode())  # all: a resume drops some
-            if "eval_loss" in logs or len(history) % 20 == 1:  # a picture takes half a second
-                draw_rewards(history, self.s, self.folder / "rewards.png")
-        speed = (state.global_step - step) * self.s.global_batch_size / (self.shown[1] - then)
-        with tqdm.external_write_mode():  # the bar steps aside
-            say(format_row(history[-1] | ({"pairs/s": speed} if "loss" in logs else {})))
-            advise(history, self.s, self.advice)
+    total_steps: int
+    is_late: bool  # a third of the steps is done, and the warm-up long over
+    lines: int  # that the medians are of
+    pairs: int  # that the accuracy was seen on
+    loss: float
+    untrained: float  # loss of a policy that equals the reference; nan where it is not known
+    moved: float  # nats per answer from the reference, on the side that moved further
+    chosen: float  # nats per token
+    accuracy: float
+    held_out: list[dict]  # all held-out log lines
 
 
-def draw_rewards(history: list[dict], s: argparse.Namespace, path: Path) -> None:
-    """rewards.png: rewards with the margin between them, accuracies, loss; legible without colours."""
-    log, share = read_log(history), "rewards/accuracies"
-    log[share] = log[share].where(log["rewards/margins"] != 0).rolling(RECENT, min_periods=1).mean()  # ties come first
-    train = log.interpolate("index")  # over steps that were evaluated, but not logged
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    rewards, accuracies, losses = panels = figure.subplots(1, 3)
-    rewards.fill_between(log.index, train["rewards/chosen"], train["rewards/rejected"], color="0.88", label="margin")
-    accuracies.axhline(0.5, color="0.5", ls=":", label="chance")
-    accuracies.vlines(log.index, log[f"eval_{share}_low"], log[f"eval_{share}_high"], color="k", label="95% interval")
-    if s.loss_type == ["sigmoid"]:
-        losses.axhline(LN2, color="0.5", ls=":", label="ln 2: policy = reference")
-    for axes, names in zip(panels, (["rewards/chosen", "rewards/rejected"], [share], ["loss"])):
-        train[names].plot(ax=axes, style=["C0-", "C3--"], lw=2)
-        log[[f"eval_{name}" for name in names]].plot(ax=axes, style=["C0o", "C3s"], mec="k").legend(fontsize=8)
-    names = f"{Path(s.model_name_or_path).name} on {Path(s.dataset_name).name}"
-    figure.suptitle(f"DPO: {names}, beta {s.beta:g}, learning rate {s.learning_rate:g}; train accuracies smoothed")
+def read_trend(state: transformers.TrainerState, job: Job, answer_tokens: float) -> Trend | None:
+    """The state of a run, comparable over settings; None before its first log line."""
+    args = job.training_args
+    rows = [row for row in state.log_history if "loss" in row]
+    if not rows:
+        return None
+    untrained = math.nan
+    if rows[0]["step"] == 1:  # it was logged before the first update
+        untrained = rows[0]["loss"]
+    elif args.loss_type == ["sigmoid"]:
+        untrained = LN2
+    recent = (rows[1:] or rows)[-RECENT:]
+    median = pd.DataFrame(recent).median(numeric_only=True)
+    seen_before = rows[-len(recent) - 1]["step"] if len(rows) > len(recent) else 0
+    chosen = median["rewards/chosen"] / args.beta
+    rejected = median["rewards/rejected"] / args.beta
+    warmup_steps = args.get_warmup_steps(state.max_steps)
+    return Trend(
+        total_steps=state.max_steps,
+        is_late=state.global_step >= max(state.max_steps / 3, 2 * warmup_steps),
+        lines=len(recent),
+        pairs=max(1, recent[-1]["step"] - seen_before) * job.settings.global_batch_size,
+        loss=median["loss"],
+        untrained=untrained,
+        moved=max(abs(chosen), abs(rejected)),
+        chosen=chosen / answer_tokens,
+        accuracy=median["rewards/accuracies"],
+        held_out=[row for row in state.log_history if "eval_loss" in row],
+    )
+
+
+UNMOVED = 0.3  # nats per answer: the odds of chosen over rejected changed by a third at most
+FALLEN = -1.0  # nats per token: every token e times less likely; healthy runs stay far above
+SOFTER = (
+    "SFT first, a smaller learning_rate, a larger beta, or an SFT term "
+    "(`loss_type: [sigmoid, sft]`, `loss_weights: [1.0, 0.2]`)"
+)
+
+
+def find_advice(trend: Trend, args: DPOConfig) -> dict[str, str]:
+    """{kind: text} of the patterns that have a known cause."""
+    found = {}
+    accuracy = trend.accuracy
+    at_most = accuracy + 1 / math.sqrt(trend.pairs)  # the upper end of its 95% interval
+    moved = trend.moved
+    if trend.held_out:
+        newest = trend.held_out[-1]
+        accuracy = newest["eval_rewards/accuracies"]
+        at_most = newest["eval_rewards/accuracies_high"]
+        moved = max(moved, newest["eval_rewards/margins"] / args.beta)
+
+    has_moved = moved >= UNMOVED
+    same_loss = abs(trend.loss - trend.untrained) < 0.01 * abs(trend.untrained)
+    if trend.is_late and same_loss and not has_moved:
+        cure = (
+            f"learning_rate {args.learning_rate:g} is too small for an adapter, try ten times that"
+        )
+        if trend.total_steps < 20:
+            cure = (
+                f"{trend.total_steps} steps are too few; a smaller global_batch_size, more epochs"
+            )
+        found["flat"] = f"loss stays at {trend.loss:.4f}: {cure}"
+    if trend.is_late and has_moved and at_most < 0.6:
+        found["labels"] = (
+            f"accuracies stay at {accuracy:.2f}, {at_most:.2f} at most: are the pairs' sides "
+            "swapped, alike or cut off? See `--dry_run true`"
+        )
+    if trend.chosen < FALLEN:
+        found["displacement"] = (
+            f"chosen answers, too, lost {-trend.chosen:.1f} nats per token: {SOFTER}"
+        )
+    if trend.held_out and trend.accuracy > 0.95:
+        best = max(trend.held_out, key=lambda row: row["eval_rewards/accuracies"])
+        if best["eval_rewards/accuracies"] > at_most:
+            found["overfitting"] = (
+                f"train accuracies are {trend.accuracy:.2f}, held-out ones fell from "
+                f"{best['eval_rewards/accuracies']:.3f} at step {best['step']} to {accuracy:.3f}: "
+                "train fewer epochs, or set early_stopping_patience, which keeps the best"
+            )
+    return found
+
+
+def is_runaway(trend: Trend) -> bool:
+    """Whether the loss is far worse than an untrained policy's, not for one log line alone."""
+    return trend.lines >= 3 and trend.untrained > 0 and trend.loss > 3 * trend.untrained
+
+
+def draw_rewards(history: list[dict], title: str, path: Path) -> None:
+    """rewards.png: rewards, margins, accuracies and loss; lines in training, dots held-out."""
+    log = pd.DataFrame([row for row in history if "advice" not in row]).set_index("step")
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    panels = figure.subplots(2, 2).flat
+    names = (
+        ["rewards/chosen", "rewards/rejected"],
+        ["rewards/margins"],
+        ["rewards/accuracies"],
+        ["loss"],
+    )
+    for axes, shown in zip(panels, names):
+        for name, line, dot in zip(shown, ("C0-", "C3--"), ("C0o", "C3s")):
+            for column, style in ((name, line), (f"eval_{name}", dot)):
+                if column in log:
+                    log[column].dropna().plot(
+                        ax=axes, style=style, label=column, markeredgecolor="k"
+                    )
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    if "eval_loss" in log:
+        bounds = [log[f"eval_rewards/accuracies_{end}"] for end in ("low", "high")]
+        panels[2].vlines(log.index, *bounds, color="black")  # the 95% interval
+    figure.suptitle(title)
     figure.savefig(path, dpi=110)
 
 
-def generate_answers(trainer: PreferenceTrainer, model, prompts: list[list[int]]) -> list[list[int]]:
-    """Tokens of a model's answers up to their end: greedy ones to all prompts, then sampled ones, from one seed."""
-    config, tokenizer, rows = trainer.model.generation_config, trainer.processing_class, []
-    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
-    width = batch["input_ids"].shape[1]
-    room = int(np.clip(getattr(model.config, "max_position_embeddings", math.inf) - width, 1, 256))
-    transformers.set_seed(trainer.args.seed)
-    for do_sample in (False, True):
-        with trainer.accelerator.autocast():
-            whole = model.generate(**batch, generation_config=config, max_new_tokens=room, do_sample=do_sample)
-        rows += whole[:, width:].tolist()
-    ends = np.atleast_1d(config.eos_token_id).tolist()  # training has added the tokenizer's
-    return [row[: next((i for i, token in enumerate(row, 1) if token in ends), None)] for row in rows]
+def name_run(job: Job) -> str:
+    """What a picture is of, in one line."""
+    model = Path(job.model_args.model_name_or_path).name
+    data = ", ".join(Path(name).name for name in name_sources(job))
+    args = job.training_args
+    return f"{model} on {data}: beta {args.beta:g}, learning rate {args.learning_rate:g}"
 
 
-def show_samples(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) -> None:
-    """samples.md, its first three on the console, and advice if answers grew longer than the pairs ask for."""
+def name_sources(job: Job) -> list[str]:
+    """Hub name, folder or file of each data set."""
+    if job.mixture_args.datasets:
+        return [part.path for part in job.mixture_args.datasets]
+    return [job.script_args.dataset_name]
+
+
+# ---- answers
+ANSWER_FAULTS = {  # what an answer may do, and how a line on several of them puts it
+    "endless": "do not end in time",
+    "looping": "repeat themselves",
+    "language": "are in another script than the chosen answers",
+    "long": "are more than twice as long as the chosen answers",
+}
+FENCE = "``````"  # longer than those in answers
+
+
+def show_samples(trainer: PreferenceTrainer, job: Job, report: Report) -> None:
+    """samples.md, three of its samples on the screen, and advice from the answers."""
+    if not job.settings.sample_prompts or trainer.eval_dataset is None:
+        return
     if is_sharded():
-        return say("no samples: the model is sharded over processes")
-    if not (is_main() and s.sample_prompts and trainer.eval_dataset):
-        return None
-    policy, decode = trainer.model.eval(), trainer.processing_class.decode
-    block = "\n\n``````text\n{}\n``````\n\n".format  # a longer fence than answers have
-    prompts = trainer.eval_dataset["prompt_ids"][: s.sample_prompts]
-    with trl.trainer.utils.use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
-        before = generate_answers(trainer, trainer.ref_model or policy, prompts)
-    after = generate_answers(trainer, policy, prompts)
-    pairs = [dict(zip(PREPARED, pair)) for pair in zip(prompts * 2, before, after)]
-    scores = trainer.prediction_step(policy, trainer.data_collator(pairs), False)[1].tolist()
-    samples = [f"# Held-out prompts, greedy, then sampled (seed {s.seed}); reward = beta * (log pi - log pi_ref)\n\n"]
-    for prompt, a, b, (_, x, y, *_) in zip(prompts * 2, before, after, scores):
-        samples.append(f"## {'greedy' if len(samples) <= len(prompts) else 'sampled'}{block(decode(prompt))}"
-                       f"**reference**, {len(a)} tokens, reward {x:.4f}{block(decode(a))}"
-                       f"**policy**, {len(b)} tokens, reward {y:.4f}{block(decode(b))}")  # fmt: skip
-    write_file(Path(s.output_dir, "samples.md"), "".join(samples).encode())
-    say("", *samples[1:4])
-    asked = max(1, sum(trainer.train_dataset["chosen"]) / sum(trainer.train_dataset["rejected"]))
-    grown = sum(map(len, after)) / sum(map(len, before))
-    advise(trainer.state.log_history, s, report.advice, grown / asked)
+        say("no samples: the model is sharded over processes")
+        return
+    if not is_main_process():
+        return
+    pairs = trainer.eval_dataset[: job.settings.sample_prompts]
+    policy = trainer.model.eval()
+    config = make_generation_config(trainer, pairs["prompt_ids"])
+    reference_adapter = "ref" if "ref" in policy.peft_config else None
+    try:
+        with use_adapter(policy, reference_adapter):
+            reference = trainer.ref_model or policy
+            reference_answers = generate_answers(trainer, reference, config, pairs["prompt_ids"])
+        policy_answers = generate_answers(trainer, policy, config, pairs["prompt_ids"])
+    except (ValueError, torch.OutOfMemoryError) as error:
+        say(f"! no samples, the model could not generate: {first_line(error)}")
+        return
+
+    tokenizer = trainer.processing_class
+    found = find_answer_advice(
+        policy_answers, reference_answers, pairs["chosen_ids"], config, tokenizer
+    )
+    report.advice |= found
+    how = f"{config.max_new_tokens} tokens at most, greedy"
+    if config.do_sample:
+        how = f"{config.max_new_tokens} tokens at most, sampled as the model's own settings say"
+    say("", f"answers to held-out prompts; all {len(policy_answers)} in samples.md", how)
+    text = [f"# Held-out prompts, answered by reference and policy\n\n{how}\n"]
+    text += [f"\n{line}\n" for line in found.values()]
+    for number, prompt in enumerate(pairs["prompt_ids"]):
+        answers = {"reference": reference_answers[number], "policy": policy_answers[number]}
+        question = decode(tokenizer, prompt)
+        text.append(f"\n## {number + 1}\n\n{FENCE}text\n{question}\n{FENCE}\n")
+        lines = ["", shorten(f"prompt     {question[-50:].strip()}")]
+        for name, ids in answers.items():
+            answer = decode(tokenizer, ids)
+            text.append(f"\n**{name}**, {len(ids)} tokens\n\n{FENCE}text\n{answer}\n{FENCE}\n")
+            lines.append(shorten(f"{name:<11}{answer}"))
+        if number < 3:
+            say(*lines)
+    write_file(Path(job.training_args.output_dir, "samples.md"), "".join(text).encode())
 
 
-# ------------------------------------------------------------------------------------------------------------- the run
-STAMP = "%Y%m%d-%H%M%S"  # ends the name of what is moved aside
-MANIFEST = "manifest.json"  # in each whole checkpoint: the digests of its files
-FREE = (  # lines of settings.yaml in which a run and its continuation may differ; the result then changes for aot, sft
-    "# made|output_dir|per_device|merge|report_to|run_name|disable_tqdm|ddp_timeout|sample_prompts|share_prefixes|"
-    "use_cpu|data.*_num_(workers|proc)|save_(steps|total_limit)|gradient_checkpointing|torch_compile|precompute_ref"
+def make_generation_config(
+    trainer: PreferenceTrainer, prompts: list[list[int]]
+) -> transformers.GenerationConfig:
+    """The model's own settings, with room for answers twice as long as the pairs' own."""
+    config = copy.deepcopy(trainer.model.generation_config)
+    lengths = np.array(trainer.train_dataset["chosen_tokens"])
+    room = np.clip(2 * np.quantile(lengths, 0.95), 64, 1024)
+    positions = count_positions(trainer.model.config) - max(len(prompt) for prompt in prompts)
+    config.max_new_tokens = int(max(1, min(room, positions)))
+    config.max_length = None  # it would be a second limit
+    config.use_cache = True  # training has switched it off
+    ends = config.eos_token_id or trainer.processing_class.eos_token_id
+    config.eos_token_id = np.atleast_1d(ends).tolist()
+    config.pad_token_id = trainer.processing_class.pad_token_id
+    return config
+
+
+def generate_answers(
+    trainer: PreferenceTrainer,
+    model: transformers.PreTrainedModel | peft.PeftModel,
+    config: transformers.GenerationConfig,
+    prompts: list[list[int]],
+) -> list[list[int]]:
+    """Tokens of a model's answers, each with its end if it has one; from one seed, so that equal
+    models give equal answers.
+    """
+    batch = trainer.processing_class.pad(
+        {"input_ids": prompts}, padding_side="left", return_tensors="pt"
+    ).to(trainer.args.device)
+    transformers.set_seed(trainer.args.seed)
+    # eager: a few answers are too little to compile for
+    with trainer.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+        rows = model.generate(**batch, generation_config=config)
+    answers = rows[:, batch["input_ids"].shape[1] :].tolist()
+    return [cut_answer(answer, config.eos_token_id) for answer in answers]
+
+
+def cut_answer(tokens: list[int], ends: list[int]) -> list[int]:
+    """An answer without the padding after its end."""
+    for place, token in enumerate(tokens):
+        if token in ends:
+            return tokens[: place + 1]
+    return tokens
+
+
+def find_answer_advice(
+    policy: list[list[int]],
+    reference: list[list[int]],
+    chosen: list[list[int]],
+    config: transformers.GenerationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, str]:
+    """{kind: line} of what the policy's answers do wrong more often than the reference's."""
+    count = len(policy)
+    of_policy = Counter()
+    of_reference = Counter()
+    for answer, other, example in zip(policy, reference, chosen):
+        of_policy.update(find_answer_faults(answer, example, config, tokenizer))
+        of_reference.update(find_answer_faults(other, example, config, tokenizer))
+    found = {}
+    for kind, what in ANSWER_FAULTS.items():
+        if of_policy[kind] - of_reference[kind] >= max(2, count / 4):  # fewer may be chance
+            found[kind] = (
+                f"! {of_policy[kind]} of {count} answers {what}, {of_reference[kind]} of the "
+                f"reference's: {SOFTER}"
+            )
+    same = sum(answer == other for answer, other in zip(policy, reference))
+    if same >= max(2, 3 * count / 4):
+        found["unchanged"] = (
+            f"! {same} of {count} answers are the reference's, word for word: a larger "
+            "learning_rate, more steps, or a smaller beta"
+        )
+    return found
+
+
+def find_answer_faults(
+    answer: list[int],
+    chosen: list[int],
+    config: transformers.GenerationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[str]:
+    """Keys of ANSWER_FAULTS; `chosen` is the pair's answer to the same prompt."""
+    faults = []
+    if answer[-1] not in config.eos_token_id:
+        faults.append("endless")
+    if is_loop(answer):
+        faults.append("looping")
+    script = find_script(decode(tokenizer, answer))
+    expected = find_script(decode(tokenizer, chosen))
+    if script and expected and script != expected:
+        faults.append("language")
+    if len(answer) > 2 * len(chosen):
+        faults.append("long")
+    return faults
+
+
+def is_loop(tokens: list[int]) -> bool:
+    """Whether less than half of an answer's last runs of four tokens are distinct. Tokens, since
+    not all languages put spaces between words.
+    """
+    last = tokens[-100:]  # a loop, once begun, does not end
+    runs = list(zip(last, last[1:], last[2:], last[3:]))
+    return len(runs) >= 20 and len(set(runs)) < len(runs) / 2
+
+
+def find_script(text: str) -> str:
+    """The script of most letters, such as LATIN or CJK; "" for a text without letters."""
+    scripts = Counter()
+    for letter in text:
+        if letter.isalpha():
+            script = unicodedata.name(letter, "").partition(" ")[0]
+            scripts[script] += 1
+    scripts["CJK"] += scripts.pop("HIRAGANA", 0) + scripts.pop("KATAKANA", 0)  # Japanese mixes them
+    script, letters = scripts.most_common(1)[0]
+    return script if letters else ""
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    """Text without special tokens."""
+    return tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def shorten(text: str) -> str:
+    """One line that fits a terminal; Chinese letters are two columns wide."""
+    text = text.replace("\n", " ")
+    columns = 0
+    for place, letter in enumerate(text):
+        columns += 2 if unicodedata.east_asian_width(letter) in "WF" else 1
+        if columns > 75:
+            return f"{text[:place]} ..."
+    return text
+
+
+# ---- the end of a run
+def save_report(trainer: PreferenceTrainer, job: Job, start: Start, report: Report) -> None:
+    """rewards.png, the summary on the screen, the model card last: it marks a finished run."""
+    if trainer.is_world_process_zero():
+        folder = Path(job.training_args.output_dir)
+        draw_rewards(trainer.state.log_history, name_run(job), folder / "rewards.png")
+        summary = summarise(trainer, job, report)
+        say("", *summary, "", f"written to {folder}:")
+        say("adapter, tokenizer, model card, rewards.png, samples.md, metrics.jsonl")
+        if not job.settings.merge:
+            say("`--merge true` with the same command also writes the merged model")
+        card = make_card(job, start, trainer.state.global_step, summary)
+        write_file(folder / CARD, card.encode())
+    trainer.accelerator.wait_for_everyone()
+
+
+def summarise(trainer: PreferenceTrainer, job: Job, report: Report) -> list[str]:
+    """Steps, speed, held-out figures at the beginning and the end, advice."""
+    state = trainer.state
+    lines = [f"{state.global_step} steps of {job.settings.global_batch_size} pairs"]
+    seconds = state.log_history[-1].get("train_runtime")
+    if seconds is not None:
+        steps = state.global_step - report.first_step
+        speed = steps * job.settings.global_batch_size / seconds
+        lines[0] += f"; {format_time(seconds)} for the last {steps}, {speed:.2f} pairs/s"
+    if torch.cuda.is_initialized():
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        lines[0] += f", {peak:.1f} GiB of GPU memory at most"
+    held_out = [format_row(row) for row in state.log_history if "eval_loss" in row]
+    if held_out:
+        lines += [HEADER, *held_out[:1], *held_out[1:][-1:]]
+    return [*lines, *report.advice.values()]
+
+
+CARD_CODE = """\
+```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+name = {name!r}
+tokenizer = AutoTokenizer.from_pretrained(name)
+model = AutoPeftModelForCausalLM.from_pretrained(name, dtype="auto", device_map="auto")
+question = "Why is the sky blue?"
+{batch}
+output = model.generate(**batch.to(model.device), max_new_tokens=512)
+print(tokenizer.decode(output[0, batch["input_ids"].shape[1] :], skip_special_tokens=True))
+```"""
+TEXT_BATCH = 'batch = tokenizer(question, return_tensors="pt")'
+CHAT_BATCH = """\
+batch = tokenizer.apply_chat_template(
+    [{"role": "user", "content": question}],
+    add_generation_prompt=True,
+    enable_thinking=False,  # as in training, for models that can think
+    return_dict=True,
+    return_tensors="pt",
+)"""
+
+
+def make_card(job: Job, start: Start, steps: int, summary: list[str]) -> str:
+    """The model card: the hub's metadata, what was trained on what, how it went, how to use it."""
+    args = job.training_args
+    data = name_sources(job)
+    metadata = huggingface_hub.ModelCardData(
+        base_model=None if os.path.isdir(start.base_name) else start.base_name,
+        datasets=[name for name in data if not os.path.exists(name)] or None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["dpo", "lora", "trl"],
+    )
+    origin = f"A LoRA adapter of {link_to(start.base_name)}"
+    if start.adapter is not None:
+        origin += f", begun as the adapter {link_to(job.model_args.model_name_or_path)}"
+    links = ", ".join(link_to(name, "datasets/") for name in data)
+    batch = TEXT_BATCH if start.tokenizer.chat_template is None else CHAT_BATCH
+    how = (
+        f"{steps} steps of {job.settings.global_batch_size} pairs, rows of up to {args.max_length} "
+        f"tokens, loss {', '.join(args.loss_type)}, beta {args.beta:g}, learning rate "
+        f"{args.learning_rate:g} ({args.lr_scheduler_type.value}), trl {trl.__version__}."
+    )
+    summary_text = "\n".join(summary)
+    return f"""\
+---
+{metadata.to_yaml()}
+---
+
+# {Path(args.output_dir).resolve().name}
+
+{origin}, trained by Direct Preference Optimization (arXiv 2305.18290) on {links}.
+
+{CARD_CODE.format(name=args.hub_model_id or args.output_dir, batch=batch)}
+
+{how}
+
+![rewards, margins, accuracies and loss](rewards.png)
+
+```text
+{summary_text}
+```
+
+`settings.yaml` has every setting, `metrics.jsonl` every figure, `samples.md` answers.
+"""
+
+
+def link_to(name: str, kind: str = "") -> str:
+    """A link to the hub; a local path means nothing to others, and is told as one."""
+    if os.path.exists(name):
+        return f"`{Path(name).name}` (local)"
+    return f"[{name}](https://huggingface.co/{kind}{name})"
+
+
+# ------------------------------------------------------------------------------------------ the run
+MANIFEST = "manifest.json"  # in each whole checkpoint, written last: the digests of its files
+CARD = "README.md"  # the model card, written last: it marks a finished run
+# Settings in which a run and its continuation may differ. With aot and sft the batch per device
+# changes the result.
+MAY_CHANGE = set(
+    "output_dir overwrite dry_run merge sample_prompts share_prefixes use_cpu torch_compile "
+    "gradient_checkpointing gradient_checkpointing_kwargs precompute_ref_log_probs "
+    "precompute_ref_batch_size per_device_train_batch_size per_device_eval_batch_size "
+    "gradient_accumulation_steps eval_steps logging_steps save_steps save_total_limit report_to "
+    "run_name project disable_tqdm ddp_timeout dataset_num_proc dataloader_num_workers "
+    "push_to_hub hub_model_id".split()
 )
-FAULTS = (  # kind and words of a library's error; exit status, 2 being a mistake found before training; what to do
-    (torch.OutOfMemoryError, "", 1, "out of GPU memory: halve per_device_train_batch_size (only aot, aot_unpaired and "
-     "sft then differ), turn gradient_checkpointing on, lower max_length, or use configs/qwen3_8b_qlora.yaml"),
-    (BaseException, "No space left|quota exceeded|File too large|inline_container", 1,  # the last one is torch.save's
-     "a file could not be written, older checkpoints are untouched: make room and run the same command again"),
-    (OSError, "safetensors", 2, "model_name_or_path: give weights as safetensors: pickled ones can run code"),
-    (KeyboardInterrupt, "", 130, "interrupted; the same command goes on from where output_dir stands"),
-    (Timeout, r"/\.lock'", 2, "output_dir: another run is writing there; wait, or choose another"),
-    ((OSError, ValueError, TypeError, ImportError, NotImplementedError), "", 2, "settings"),
-)  # fmt: skip
 
 
 def write_file(path: Path, content: bytes) -> None:
     """All or nothing: a crash leaves the old file or the new one."""
-    Path(f"{path}.tmp").write_bytes(content)
-    os.replace(f"{path}.tmp", path)
+    draft = path.with_name(f"{path.name}.tmp")
+    draft.write_bytes(content)
+    os.replace(draft, path)
 
 
-def settings_yaml(s: argparse.Namespace) -> str:
-    """What makes the run what it is, a line each: versions, pairs, sharding, settings. `--config` repeats it."""
-    left_out = ("config", "planned_steps", "pairs", "gradient_accumulation_steps", "overwrite", "dry_run")
-    values = {name: value for name, value in vars(s).items() if name not in left_out and value != []}
-    made = ", ".join(f"{x.__name__} {x.__version__}" for x in (torch, transformers, trl, peft, datasets, accelerate))
-    sharding = [f"{name} {os.environ.get(f'ACCELERATE_USE_{name}', 'false')}" for name in ("FSDP", "DEEPSPEED")]
-    head = f"# made with {made}\n# hash of the pairs: {s.pairs}\n# sharding: {', '.join(sharding)}\n"
-    return head + yaml.safe_dump(values, allow_unicode=True, default_flow_style=None, width=math.inf)
+def describe_run(job: Job, preferences: Preferences) -> dict[str, Any]:
+    """What makes the run what it is: settings, pairs and sharding, under the names of
+    settings.yaml.
+    """
+    hashes = np.array(preferences.train["pair_hash"])
+    sharding = "none"
+    if is_switched_on("ACCELERATE_USE_FSDP"):
+        sharding = "fsdp"
+    elif is_switched_on("ACCELERATE_USE_DEEPSPEED"):
+        sharding = "deepspeed"
+    made = {
+        "pairs": hashlib.blake2b(hashes.tobytes(), digest_size=8).hexdigest(),
+        "sharding": sharding,
+    }
+    return flat_settings(job) | {"made_from": made}
 
 
-def compare_output(s: argparse.Namespace) -> bool:
-    """Whether output_dir holds this run, finished; with another run, or other files, it is refused."""
-    folder, settings = Path(s.output_dir).absolute(), Path(s.output_dir, "settings.yaml")
-    is_begun = not s.overwrite and {path.name for path in folder.glob("[!.]*")} - {"base", "settings.yaml.tmp"}
-    texts = settings.read_text("utf-8") if is_begun and settings.exists() else "", settings_yaml(s)
-    there, here = ({line for line in text.splitlines() if not re.match(FREE, line)} for text in texts)
-    if is_begun and there != here:
-        what = "a run with other settings or pairs" if there else "files that are no run of this program"
-        ways = "choose another output_dir, or `--overwrite true`, which moves the old one aside"
-        lines = [f"{'there' if line in there else 'here '}  {line}" for line in sorted(there ^ here) if there]
-        raise UserError("\n  ".join([f"{folder} holds {what}; {ways}", *lines]))
-    return bool(is_begun) and (folder / "adapter_config.json").exists()
+def write_settings(job: Job, preferences: Preferences) -> None:
+    """settings.yaml: the run can be repeated from it, and a later command compared with it."""
+    libraries = (torch, transformers, trl, peft, datasets)
+    versions = ", ".join(f"{library.__name__} {library.__version__}" for library in libraries)
+    text = yaml.safe_dump(describe_run(job, preferences), allow_unicode=True, sort_keys=True)
+    write_file(
+        Path(job.training_args.output_dir, "settings.yaml"),
+        f"# made with {versions}\n{text}".encode(),
+    )
 
 
-@contextmanager
-def open_output(s: argparse.Namespace):
-    """Hold output_dir for this run, an earlier one moved aside if asked. Yields whether this run is finished."""
-    folder = Path(s.output_dir).absolute()
-    lock = FileLock(folder / ".lock", blocking=False)
-    if s.overwrite and is_main() and any(folder.glob("[!.]*")):
-        with lock:
-            say(f"the earlier run was moved to {folder.rename(f'{folder}-old-{time.strftime(STAMP)}')}")
-    folder.mkdir(parents=True, exist_ok=True)
-    with lock if is_main() else nullcontext():
-        yield compare_output(s)
+def find_differences(job: Job, preferences: Preferences) -> list[str]:
+    """Lines on where what output_dir holds is not this run; empty for this run, or an empty
+    folder.
+    """
+    folder = Path(job.training_args.output_dir)
+    names = [path.name for path in folder.glob("[!.]*") if path.suffix != ".tmp"]
+    if not names:
+        return []
+    try:
+        there = yaml.safe_load((folder / "settings.yaml").read_text("utf-8"))
+    except (OSError, yaml.YAMLError):
+        there = None
+    if not isinstance(there, dict):
+        return [f"it holds files that are no run of this program, such as {sorted(names)[0]}"]
+    here = yaml.safe_load(yaml.safe_dump(describe_run(job, preferences)))
+    differences = []
+    for name in sorted((there.keys() | here.keys()) - MAY_CHANGE):
+        if there.get(name) != here.get(name):
+            differences.append(f"{name}: {there.get(name)} there, {here.get(name)} here")
+    return differences
+
+
+def refuse_other_run(job: Job, preferences: Preferences) -> None:
+    """Raise UserError where output_dir holds something else than this run and may not be moved."""
+    differences = find_differences(job, preferences)
+    if differences and not job.settings.overwrite:
+        folder = job.training_args.output_dir
+        advice = "choose another, or `--overwrite true`, which moves the old one aside"
+        told = f"output_dir={folder} holds another run, or other files: {advice}"
+        raise UserError("\n  ".join([told, *differences]))
+
+
+@contextlib.contextmanager
+def open_output(job: Job, preferences: Preferences) -> Iterator[bool]:
+    """Hold output_dir for this run, and yield whether the run in it is this one, finished.
+
+    Another run, or other files, are refused; with `overwrite` they, and a finished run, are moved
+    aside. An unfinished run of the same settings is continued either way.
+    """
+    folder = Path(job.training_args.output_dir).resolve()  # a link to another disk stays one
+    state = job.training_args.distributed_state
+    refuse_other_run(job, preferences)  # all processes, so that none waits for one that ended
+    with contextlib.ExitStack() as held:
+        if state.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(FileLock(folder / ".lock", blocking=False))
+            except Timeout:
+                told = f"output_dir={folder}: another run is writing there; wait, or choose another"
+                raise UserError(told) from None
+            is_in_the_way = find_differences(job, preferences) or (folder / CARD).exists()
+            if job.settings.overwrite and is_in_the_way:
+                say(f"the earlier run was moved to {move_aside(folder)}")
+        state.wait_for_everyone()
+        is_finished = (folder / CARD).exists()
+        if is_finished:
+            say(f"{folder}: finished, nothing to train (`--overwrite true` trains again)")
+        yield is_finished
+
+
+def move_aside(folder: Path) -> Path:
+    """Move what a folder holds, but for its lock, into a new folder beside it."""
+    aside = folder.with_name(f"{folder.name}-old-{time.strftime('%Y%m%d-%H%M%S')}")
+    aside.mkdir()
+    for path in folder.iterdir():
+        if path.name != ".lock":
+            path.rename(aside / path.name)
+    return aside
 
 
 def digest_files(folder: Path) -> dict[str, str]:
     """{file: digest} of what is in a checkpoint, but for its manifest."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]
-    return {str(path.relative_to(folder)): hashlib.blake2b(path.read_bytes()).hexdigest() for path in files}
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            digests[str(path.relative_to(folder))] = hashlib.blake2b(path.read_bytes()).hexdigest()
+    return digests
 
 
-class Ending(transformers.TrainerCallback):
-    """After SIGTERM or Ctrl-C all processes finish the step, save and stop; a second signal stops at once."""
-
-    def __init__(self, accelerator):
-        self.accelerator, self.heard, self.since = accelerator, 0, math.inf
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.hear)
-
-    def hear(self, number, frame):
-        if time.monotonic() > self.since + 1:  # sooner, it is the first one, passed on by a launcher
-            os._exit(128 + number)
-        self.heard, self.since = self.heard or number, min(self.since, time.monotonic())
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.heard:  # not all processes hear a signal, or not at the same step
-            self.accelerator.set_trigger()
-        if self.accelerator.check_trigger():
-            self.heard = self.heard or signal.SIGTERM
-            control.should_save = control.should_training_stop = True
-
-    def on_save(self, args, state, control, **kwargs):
-        self.on_step_end(args, state, control)  # it may have come in the evaluation since, or in the save
-        control.should_save = False
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.on_step_end(args, state, control)  # a signal may have come in the last evaluation; all wait for all here
-        if control.should_save:
-            raise UserError(f"saved at step {state.global_step}; the same command continues", 128 + self.heard)
-        self.since = -math.inf  # one signal stops at once now: what follows saves all or nothing, and is done again
+def is_whole(checkpoint: Path) -> bool:
+    """Whether every file is there that the manifest lists, as it was written."""
+    try:
+        listed = json.loads((checkpoint / MANIFEST).read_bytes())
+    except (OSError, ValueError):  # no manifest, or a damaged one
+        return False
+    return listed.items() <= digest_files(checkpoint).items()
 
 
-def train_policy(s: argparse.Namespace, trainer: PreferenceTrainer) -> Report:
-    """Train from the newest whole checkpoint, to the end or to a signal; those that are not whole are set aside."""
-    folder, report = Path(s.output_dir), Report(trainer, s)
-    if s.precompute_ref_log_probs:
-        cache_reference(trainer, s)
-    for path in folder.glob("checkpoint-*") if is_main() else ():
-        with suppress(OSError, ValueError):  # no manifest, or a damaged one
-            if json.loads((path / MANIFEST).read_bytes()).items() <= digest_files(path).items():
-                continue
-        say(f"{path} is not whole: moved to {path.rename(folder / f'incomplete-{path.name}-{time.strftime(STAMP)}')}")
+def find_checkpoint(trainer: PreferenceTrainer) -> Path | None:
+    """The newest whole checkpoint; those that are not whole are set aside."""
+    folder = Path(trainer.args.output_dir)
+    if trainer.is_world_process_zero():
+        for checkpoint in folder.glob("checkpoint-*"):
+            if not is_whole(checkpoint):
+                aside = folder / f"incomplete-{checkpoint.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+                checkpoint.rename(aside)
+                say(f"! {checkpoint.name} is not whole: moved to {aside.name}")
     trainer.accelerator.wait_for_everyone()
-    checkpoint = transformers.trainer_utils.get_last_checkpoint(folder)
-    if checkpoint:
+    newest = transformers.trainer_utils.get_last_checkpoint(folder)
+    return newest and Path(newest)
+
+
+class Keeper(TrainerCallback):
+    """Keeps the run: a log line with each checkpoint, a manifest in it, and an orderly end on
+    SIGTERM or Ctrl-C.
+
+    The first signal lets all processes finish the step, save and stop; another one ends the program
+    at once.
+    """
+
+    def __init__(self, trainer: PreferenceTrainer) -> None:
+        self.trainer = trainer
+        self.heard: int | None = None  # the first signal
+        self.heard_at = 0.0  # seconds
+
+    def hear(self, number: int, frame: Any) -> None:
+        """Handle a signal."""
+        # sooner than this it is the first one again, passed on by a launcher
+        is_another = self.heard is not None and time.monotonic() > self.heard_at + 1
+        if is_another:
+            os._exit(128 + number)
+        if self.heard is None:
+            self.heard = number
+            self.heard_at = time.monotonic()
+            # print is not safe here: the signal may have come in the middle of one
+            os.write(2, b"\ndpotrainer: stopping after this step; again: at once, unsaved\n")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A checkpoint brings the eval_steps, logging_steps and save_steps of the run before."""
+        state.compute_steps(args, state.max_steps)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the order of the pairs; accelerate does not find the sampler in each of its
+        wrappings.
+        """
+        self.trainer.sampler.set_epoch(int(state.epoch or 0))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop before a gradient that is not finite gets into the weights."""
+        scaler_skips_overflows = self.trainer.accelerator.scaler is not None
+        gradients = [
+            weight.grad for weight in self.trainer.model.parameters() if weight.grad is not None
+        ]
+        if scaler_skips_overflows or not gradients:  # DeepSpeed keeps its gradients to itself
+            return
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        if not torch.isfinite(norm):
+            raise UserError(self.trainer.explain_overflow("gradient"), status=1)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop where any process has heard a signal; write a log line wherever a checkpoint is
+        written.
+        """
+        self.stop_if_asked(control)
+        control.should_log |= control.should_save
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Make the checkpoint count."""
+        self.trainer.accelerator.wait_for_everyone()
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            write_file(folder / MANIFEST, json.dumps(digest_files(folder), indent=1).encode())
+        self.stop_if_asked(control)  # a signal may have come in the evaluation since
+        control.should_save = False  # this is the save
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the program with the signal's status: the checkpoint is there."""
+        self.stop_if_asked(control)
+        if self.heard is not None:
+            raise UserError(
+                f"saved at step {state.global_step}; the same command continues",
+                status=128 + self.heard,
+            )
+
+    def stop_if_asked(self, control: transformers.TrainerControl) -> None:
+        """Save and stop if any process has heard a signal: not all do, or not at the same step."""
+        if self.heard is not None:
+            self.trainer.accelerator.set_trigger()
+        if self.trainer.accelerator.check_trigger():
+            self.heard = self.heard or signal.SIGTERM
+            control.should_save = True
+            control.should_training_stop = True
+
+
+def train_policy(trainer: PreferenceTrainer, job: Job, preferences: Preferences) -> Report:
+    """Train from the newest whole checkpoint to the end, or to a signal."""
+    checkpoint = find_checkpoint(trainer)
+    if trainer.is_world_process_zero():
+        write_settings(job, preferences)  # from here on, the folder is this run's
+    if load_trained(trainer, checkpoint):
+        return Report(trainer, job)
+
+    report = Report(trainer, job)
+    keeper = Keeper(trainer)
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.remove_callback(transformers.ProgressCallback)
+    trainer.add_callback(report)
+    trainer.add_callback(keeper)
+    if job.settings.early_stopping_patience is not None:
+        trainer.add_callback(
+            transformers.EarlyStoppingCallback(job.settings.early_stopping_patience)
+        )
+    if checkpoint is not None:
         say(f"continuing from {checkpoint}")
-    for theirs in trainer.callback_handler.callbacks:
-        if isinstance(theirs, (transformers.PrinterCallback, transformers.ProgressCallback)):
-            theirs.on_log = lambda *_, **__: None  # the rows are Report's
-    trainer.callback_handler.callbacks += [report, Ending(trainer.accelerator)]
-    if is_main():  # from here on, the folder is this run's
-        write_file(folder / "settings.yaml", settings_yaml(s).encode())
-    trainer.args.eval_on_start &= not checkpoint  # a resume is no start
-    trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.args.eval_on_start = False
+    before = {
+        number: signal.signal(number, keeper.hear) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        # PEFT casts the inputs of LoRA up and autocast casts them down again: lossless, not free
+        casts_twice = trainer.args.bf16 and trainer.args.device.type == "cuda"
+        with peft.helpers.disable_input_dtype_casting(trainer.model, active=casts_twice):
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if report.stopped is not None:
+        raise UserError(report.stopped, status=1)
     return report
 
 
-def merge_adapter(trainer: PreferenceTrainer, folder: Path) -> None:
-    """The merged model in `folder`, and how far its next-token logits are from those of adapter plus base."""
-    policy, tokenizer = trainer.model.eval(), trainer.processing_class
-    prompts = (trainer.eval_dataset or trainer.train_dataset)["prompt_ids"][:8]
-    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(policy.device)
-    with torch.no_grad(), trainer.accelerator.autocast():
-        before = policy(**batch, logits_to_keep=1).logits
-        merged = policy.merge_and_unload()
-        gap = (merged(**batch, logits_to_keep=1).logits - before).abs().max()
-    for part in (merged, tokenizer):
-        part.save_pretrained(folder)
-    say(f"merged: the logits after {len(prompts)} prompts differ by {gap:.2g} at most from adapter plus base")
+def load_trained(trainer: PreferenceTrainer, checkpoint: Path | None) -> bool:
+    """Take up a run that is trained, but was broken off before its card was written; False if
+    there is more to train.
+    """
+    folder = Path(trainer.args.output_dir)
+    state = transformers.TrainerState()
+    if checkpoint is not None:
+        state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    is_trained = state.max_steps > 0 and state.global_step >= state.max_steps
+
+    source = None
+    if (folder / "adapter_config.json").exists():
+        source = folder
+    elif is_trained and trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        source = Path(state.best_model_checkpoint)
+    elif is_trained:
+        source = checkpoint
+    if source is None:
+        return False
+
+    if checkpoint is None:  # `save_strategy: "no"`
+        lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+        state.log_history = [json.loads(line) for line in lines]
+        state.global_step = state.log_history[-1]["step"]
+    say(f"the run is trained already; taking up the adapter in {source}")
+    trainer.model.load_adapter(str(source), "default", is_trainable=True)
+    trainer.state = state
+    return True
 
 
-def save_run(trainer: PreferenceTrainer, s: argparse.Namespace, report: Report) -> None:
-    """What output_dir holds at the end, and a summary; the adapter is the last checkpoint's, whole or not there."""
-    folder, (*rows, totals) = Path(s.output_dir), trainer.state.log_history
-    held_out = [format_row(row) for row in rows if "eval_loss" in row]
-    memory = f", peak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" * torch.cuda.is_initialized()
-    load = f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({s.output_dir!r})"
-    summary = "\n".join([
-        f"{trainer.state.global_step} steps of {s.global_batch_size} pairs in {s.output_dir}; this run: "
-        f"{totals['train_runtime'] / 60:.1f} minutes, {totals['train_samples_per_second']:.2f} pairs/s{memory}",
-        HEADER, *held_out[:1], *held_out[1:][-1:], *report.advice.values(),
-        "" if s.merge else f"next: merge it, `python -c \"{load}.merge_and_unload().save_pretrained('merged')\"`",
-    ])  # fmt: skip
-    if is_main():
-        if s.merge:
-            merge_adapter(trainer, folder / "merged")
-        draw_rewards(rows, s, folder / "rewards.png")
-        trainer.create_model_card(model_name=folder.name, dataset_name=s.dataset_name)
-        with open(folder / "README.md", "a", encoding="utf-8") as card:
-            card.write(f"\n## This run\n\n![rewards, accuracies, loss](rewards.png)\n\n```text\n{summary}\n```\n")
+def save_adapter(trainer: PreferenceTrainer) -> None:
+    """The adapter with its tokenizer in output_dir: whole, or not there."""
+    folder = Path(trainer.args.output_dir)
+    draft = folder / "adapter.tmp"
+    trainer.save_model(str(draft))
+    if trainer.is_world_process_zero():
         trainer.processing_class.save_pretrained(folder)
-        for name in ("adapter_model.safetensors", "adapter_config.json"):  # the last one marks a finished run
-            write_file(folder / name, (folder / f"checkpoint-{trainer.state.global_step}" / name).read_bytes())
-        say("", summary)
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            os.replace(draft / name, folder / name)
+        shutil.rmtree(draft)
     trainer.accelerator.wait_for_everyone()
 
 
-def prepare(s: argparse.Namespace) -> tuple:
-    """Process group, tokenizer, pairs and plan: (arguments, start, train, held-out); the plan is printed."""
-    ours = "precompute_ref_log_probs|torch_compile.*"  # what we do ourselves
-    given = {f.name: vars(s)[f.name] for f in fields(trl.DPOConfig) if f.init and not re.fullmatch(ours, f.name)}
-    given["use_cpu"] |= s.dry_run and not torch.cuda.is_available()  # a plan can be made anywhere
-    given["disable_tqdm"] = s.disable_tqdm or not sys.stderr.isatty()
-    args, start = trl.DPOConfig(**given), load_start(s)
-    s.gradient_checkpointing = args.gradient_checkpointing  # which has a second name, activation_checkpointing
-    train, held_out, counts = load_preferences(s, start.tokenizer)
-    s.pairs = hashlib.blake2b(np.array(train["pair_hash"]).tobytes(), digest_size=8).hexdigest()
-    epoch = math.ceil(len(train) / s.global_batch_size)
-    s.planned_steps = s.max_steps if s.max_steps > 0 else math.ceil(s.num_train_epochs * epoch)
-    args.eval_delay *= epoch if args.eval_strategy == "epoch" else 1
-    for kind in ("eval", "logging", "save"):  # by steps, each comes before the checkpoint of its step, and is in it
-        if vars(args)[f"{kind}_strategy"] == "epoch":
-            vars(args).update({f"{kind}_strategy": "steps", f"{kind}_steps": epoch})
-    args.eval_strategy = args.eval_strategy if held_out is not None else "no"
-    shown = [describe_pair(start.tokenizer, train[0], s.max_length)] if s.dry_run else []
-    say(as_yaml(counts), *make_plan(s, args, start, train, held_out), *shown)
-    return args, start, train, held_out
+def push_run(job: Job) -> None:
+    """Upload output_dir, without its checkpoints, to the hub as `hub_model_id`."""
+    args = job.training_args
+    folder = Path(args.output_dir)
+    api = huggingface_hub.HfApi()  # the token is the environment's or `hf auth login`'s
+    name = args.hub_model_id or folder.resolve().name
+    repository = api.create_repo(name, private=args.hub_private_repo, exist_ok=True)
+    left_out = ["checkpoint-*", "incomplete-*", "merged/*", ".lock", "*.tmp", "*.tmp/*"]
+    api.upload_folder(
+        repo_id=repository.repo_id,
+        folder_path=folder,
+        revision=args.hub_revision,
+        ignore_patterns=left_out,
+    )
+    say(f"uploaded to {repository}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Settings, preferences, plan, trainer, train, report, save; exit status 0, 2: a mistake, 128 + signal, else 1."""
-    warnings.simplefilter("ignore", FutureWarning)  # of the pinned libraries among themselves
-    trainer = None
+MERGE_PAIRS = 8  # compared before and after
+MERGE_TOLERANCE = {
+    "float32": 1e-3,
+    "float16": 0.05,
+    "bfloat16": 0.1,
+}  # nats per token that rounding may cost
+
+
+@torch.no_grad()
+def merge_adapter(job: Job, start: Start, preferences: Preferences) -> None:
+    """The full model in output_dir/merged: base plus adapter, with the tokenizer, reloaded and
+    compared before it counts.
+
+    Raises UserError where the merged model differs from base plus adapter by more than the dtype's
+    rounding.
+    """
+    folder = Path(job.training_args.output_dir)
+    draft = folder / "merged.tmp"
+    base = load_causal_lm(job, start.base_name, start.base_revision, quantize=False)
+    make_room(base, start.tokenizer)
+    policy = load_with_adapter(base, str(folder), None).eval()
+    pairs = (preferences.held_out or preferences.train).take(MERGE_PAIRS)
+    expected = score_tokens(policy, pairs)
+    merged = policy.merge_and_unload()
+    merged.save_pretrained(draft)
+    start.tokenizer.save_pretrained(draft)
+    del base, policy, merged
+    found = score_tokens(load_causal_lm(job, str(draft), None).eval(), pairs)
+    gap = (found - expected).abs().mean().item()
+    # not `>`: a gap may be nan
+    if not gap <= MERGE_TOLERANCE.get(str(job.model_args.dtype), 0.1):
+        shutil.rmtree(draft)
+        raise UserError(
+            f"merge=true: the merged model's log-probs are {gap:.2g} nats a token off, more than "
+            "rounding: an adapter on tied embeddings or a quantised base cannot be merged; the "
+            "adapter itself is whole",
+            status=1,
+        )
+    target = folder / "merged"
+    if target.exists():
+        shutil.rmtree(target)
+    draft.rename(target)
+    say(f"merged into {target}; log-probs differ by {gap:.1g} nats a token from base plus adapter")
+
+
+def score_tokens(model: torch.nn.Module, pairs: Dataset) -> torch.Tensor:
+    """Log-probs of all tokens of the chosen answers, one after the other, in nats."""
+    logps = []
+    for pair in pairs:
+        ids = torch.tensor([pair["prompt_ids"] + pair["chosen_ids"]], device=model.device)
+        logits = model(input_ids=ids).logits[0, len(pair["prompt_ids"]) - 1 : -1].float()
+        answer = ids[0, len(pair["prompt_ids"]) :, None]
+        logps.append(logits.log_softmax(-1).gather(1, answer)[:, 0].cpu())
+    return torch.cat(logps)
+
+
+# ---------------------------------------------------------------------------------- shared prefixes
+# A pair is two rows with the same beginning. TRL runs both, each padded to the longest of the
+# batch. Here every distinct token of a batch runs once, without padding, in one packed row: all of
+# chosen, then what is left of rejected (its tail), pair after pair. Positions go back to where it
+# branches:
+#
+#     chosen     the cat sat down .        packed row   the cat sat down .   ran off | next pair
+#     rejected   the cat ran off           position       0   1   2    3 4     2   3 |   0 ...
+#
+# B pairs make 2B sequences. The queries of a sequence stand together in the packed row; its keys
+# are gathered, prefix first, by one index:
+#
+#     sequence   queries                   keys
+#     chosen     the cat sat down .        the cat sat down .
+#     rejected   ran off                   the cat ran off
+#
+# The last query sees all keys of its sequence, the one before it all but the last: causal
+# attention, aligned at the bottom right. Keys stand in order, so that a sliding window is just a
+# window. The hidden states go back into the padded batch, from which TRL computes losses and
+# metrics as ever.
+PLAIN_LAYERS = {"full_attention", "attention", "sliding_attention"}  # "attention": Granite 4's name
+UNKNOWN_TO_KERNELS = {"softcap": "soft-capping", "s_aux": "sinks", "position_bias": "a bias"}
+PROOF_PROMPT = 1536  # tokens that a proof keeps of a prompt, its last ones
+PROOF_ANSWER = 512  # tokens that a proof keeps of an answer, its first ones
+PROOF_LOGPS = 128  # log-probs that a proof compares, spread over all answers
+MINIATURE_TOLERANCE = 1e-5  # nats, largest difference in float32
+PROOF_TOLERANCE = {"float32": 1e-4, "half": 0.02}  # nats, mean, on top of what padding changes
+
+
+@dataclass
+class Sharing:
+    """Whether the common prefixes are shared, and how that was checked."""
+
+    is_used: bool
+    line: str  # "shared, checked: log-probs differ by 2e-06", or "rows apart: <reason>"
+
+
+def check_sharing(job: Job, start: Start, preferences: Preferences) -> Sharing:
+    """Before any weight is read: settings, architecture, then a miniature of it, both ways.
+
+    In float32, where a wrong mask or position cannot hide in rounding.
+    """
+    reasons = find_reasons_against_sharing(job, start.config)
+    if reasons:
+        return Sharing(False, f"rows apart: {'; '.join(reasons)}")
+    batch = make_proof_batch(job, start, preferences)
     try:
-        s, problems = parse_settings(sys.argv[1:] if argv is None else argv)
-        problems, lacking = problems + check_settings(s), find_broken(s, MACHINE_RULES)
-        if problems or (lacking and not s.dry_run):
-            raise UserError("\n".join(problems + lacking))
-        args, start, train, held_out = prepare(s)
-        if lacking:  # for a run, not for a plan
-            raise UserError("\n".join(lacking))
-        if s.dry_run:
-            compare_output(s)
-            return 0
-        with open_output(s) as is_finished:
-            if is_finished:
-                say(
-                    f"{s.output_dir}: finished, nothing to do (`--overwrite true` repeats it; to merge it, see README)"
-                )
-                return 0
-            trainer = build_trainer(s, args, start, train, held_out)
-            report = train_policy(s, trainer)
-            with torch.compiler.set_stance("force_eager"):  # what follows is too little to compile for
-                show_samples(trainer, s, report)
-                save_run(trainer, s, report)
-        return 0
-    except BaseException as error:
-        is_new = trainer is None or not trainer.state.global_step  # nothing is trained yet
-        known = [error] if isinstance(error, UserError) else [
-            UserError(f"{fix}: {error!r}"[:700], status) for kinds, words, status, fix in FAULTS
-            if isinstance(error, kinds) and re.search(words, str(error)) and (is_new or status != 2)
-        ]  # fmt: skip
-        if not known:  # only its traceback explains it
+        miniature = make_miniature(start.config).eval()
+        if len(start.tokenizer) > miniature.get_input_embeddings().weight.shape[0]:
+            miniature.resize_token_embeddings(len(start.tokenizer))
+        apart = score_answers(miniature, batch, run_rows_apart(miniature, batch))
+        share_prefixes(miniature)
+        packed = score_answers(miniature, batch, run_packed_row(miniature, batch))
+    except Exception as error:  # whatever it is, rows apart do without
+        return Sharing(False, f"rows apart: a miniature of the model fails: {first_line(error)}")
+    difference = (packed - apart).abs().max().item()
+    is_exact = difference <= MINIATURE_TOLERANCE  # not if it is not a number
+    if not is_exact:
+        told = f"log-probs of a miniature of the model differ by {difference:.1g}"
+        return Sharing(False, f"rows apart: {told}")
+    return Sharing(True, f"shared, checked: log-probs differ by {difference:.0e}")
+
+
+def share_where_proven(
+    models: list[torch.nn.Module], job: Job, start: Start, preferences: Preferences
+) -> Sharing:
+    """Share the prefixes of policy and reference if both are exact with it, else of neither."""
+    causal_lms = []
+    for model in models:
+        is_wrapped = isinstance(model, peft.PeftModel)
+        causal_lms.append(model.get_base_model() if is_wrapped else model)
+    for number, causal_lm in enumerate(causal_lms):
+        sharing = prove_sharing(causal_lm, job, start, preferences)
+        if not sharing.is_used:
+            for shared in causal_lms[:number]:
+                stop_sharing(shared)
+            return sharing
+    return sharing
+
+
+def prove_sharing(
+    model: transformers.PreTrainedModel, job: Job, start: Start, preferences: Preferences
+) -> Sharing:
+    """Share the prefixes of a causal LM if that is exact on its own device and in its own dtype.
+
+    Log-probs, by their mean over tokens, may differ by little more than padding alone changes.
+    """
+    if is_sharded():  # each process has a part of each weight, and no forward before training
+        share_prefixes(model)
+        return Sharing(True, "shared, checked on a miniature of the model alone")
+    batch = make_proof_batch(job, start, preferences)
+    batch = accelerate.utils.send_to_device(batch, model.device)
+    autocast = None
+    if job.training_args.bf16:
+        autocast = torch.bfloat16
+    elif job.training_args.fp16:
+        autocast = torch.float16
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.autocast(model.device.type, autocast, enabled=autocast is not None):
+            apart = score_answers(model, batch, run_rows_apart(model, batch))
+            alone = score_answers(model, batch, run_rows_alone(model, batch))
+            share_prefixes(model)
+            packed = score_answers(model, batch, run_packed_row(model, batch))
+    except Exception as error:  # whatever it is, rows apart do without
+        stop_sharing(model)
+        return Sharing(False, f"rows apart: {type(error).__name__}: {first_line(error)}")
+    finally:
+        model.train(was_training)
+
+    difference = (packed - apart).abs().mean().item()
+    is_half = autocast is not None or model.dtype != torch.float32
+    allowed = (
+        3 * (alone - apart).abs().mean().item() + PROOF_TOLERANCE["half" if is_half else "float32"]
+    )
+    is_exact = difference <= allowed  # not if it is not a number
+    if not is_exact:
+        stop_sharing(model)
+        told = f"log-probs differ by {difference:.1g}, where {allowed:.1g} may be rounding"
+        return Sharing(False, f"rows apart: {told}")
+    return Sharing(True, f"shared, checked: log-probs differ by {difference:.0e}")
+
+
+def find_reasons_against_sharing(job: Job, config: transformers.PretrainedConfig) -> list[str]:
+    """What plainly forbids it; all else is for the proof."""
+    reasons = []
+    if not job.settings.share_prefixes:
+        reasons.append("`share_prefixes: false` asks for it")
+    if job.model_args.attn_implementation is not None:
+        reasons.append("`attn_implementation` asks for another attention")
+    text = config.get_text_config()
+    if text is not config:
+        reasons.append("a vision-language model, whose rows may hold images")
+    other_layers = set(getattr(text, "layer_types", None) or []) - PLAIN_LAYERS
+    if other_layers:
+        reasons.append(f"some layers are of another kind ({', '.join(sorted(other_layers))})")
+    dropout = getattr(text, "attention_dropout", 0) or getattr(text, "attn_pdrop", 0)
+    if dropout and not job.training_args.disable_dropout:
+        reasons.append("`disable_dropout: false` keeps the dropout of its attention")
+    coefficient = job.training_args.router_aux_loss_coef
+    if coefficient is None:
+        coefficient = getattr(text, "router_aux_loss_coef", 0.0)
+    if coefficient and hasattr(text, "output_router_logits"):
+        reasons.append("its router loss counts the tokens of both rows")
+    return reasons
+
+
+def make_proof_batch(job: Job, start: Start, preferences: Preferences) -> dict:
+    """The pairs with the shortest and with the longest prompt; lengths are those of training, as
+    some architectures change beyond a length.
+    """
+    prompt_tokens = np.array(preferences.train["prompt_tokens"])
+    pairs = []
+    for number in (prompt_tokens.argmin(), prompt_tokens.argmax()):
+        pair = preferences.train[int(number)]
+        pairs.append(
+            {
+                "prompt_ids": pair["prompt_ids"][-PROOF_PROMPT:],
+                "chosen_ids": pair["chosen_ids"][:PROOF_ANSWER],
+                "rejected_ids": pair["rejected_ids"][:PROOF_ANSWER],
+            }
+        )
+    collate = SharedPrefixCollator(start.tokenizer.pad_token_id, job.training_args.max_length)
+    return collate(pairs)
+
+
+@torch.no_grad()
+def run_rows_apart(model: torch.nn.Module, batch: dict) -> torch.Tensor:
+    """Hidden states of the padded batch, (2B, L, H)."""
+    output = model.base_model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    )
+    return output.last_hidden_state
+
+
+@torch.no_grad()
+def run_packed_row(model: torch.nn.Module, batch: dict) -> torch.Tensor:
+    """The same, of the packed row."""
+    output = model.base_model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        plan=batch["plan"],
+        use_cache=False,
+    )
+    return output.last_hidden_state
+
+
+def run_rows_alone(model: torch.nn.Module, batch: dict) -> torch.Tensor:
+    """The same, row by row without padding; zero where there would be some."""
+    width = batch["input_ids"].shape[1]
+    rows = []
+    for number, length in enumerate(batch["attention_mask"].sum(dim=1).tolist()):
+        row = {
+            name: batch[name][number : number + 1, :length]
+            for name in ("input_ids", "attention_mask")
+        }
+        rows.append(F.pad(run_rows_apart(model, row), (0, 0, 0, width - length)))
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def score_answers(model: torch.nn.Module, batch: dict, hidden: torch.Tensor) -> torch.Tensor:
+    """Log-probs of some of the answers' tokens, (N,) in nats, from hidden states (2B, L, H)."""
+    answers = batch["completion_mask"][:, 1:].nonzero()
+    step = len(answers) // PROOF_LOGPS + 1
+    rows, columns = answers[::step].unbind(dim=1)
+    logits = model.get_output_embeddings()(hidden[rows, columns])
+    targets = batch["input_ids"][rows, columns + 1]
+    return logits.float().log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
+
+
+class SharedPrefixCollator(DataCollatorForPreference):
+    """TRL's collator for pairs; its batches carry the layout of the packed row under "plan"."""
+
+    def torch_call(self, examples: list[dict]) -> dict:
+        """The padded batch with its plan."""
+        batch = super().torch_call(examples)
+        batch["plan"] = plan_packed_row(batch["input_ids"], batch["attention_mask"])
+        return batch
+
+
+def plan_packed_row(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict:
+    """Lay out B pairs, given as ids and mask (2B, L) on the CPU, padded on the right.
+
+    Rejected of row i is row B + i. T tokens in the packed row have K keys in all their sequences.
+    Numbers that the host needs are integers: reading them never waits for the GPU.
+    """
+    pairs = input_ids.shape[0] // 2
+    length = input_ids.shape[1]
+    chosen, rejected = slice(0, None, 2), slice(1, None, 2)
+    # sequences as they stand in the packed row: chosen 0, rejected 0, chosen 1, rejected 1, ...
+    order = torch.arange(2 * pairs).view(2, pairs).T.flatten()
+    ids = input_ids[order]
+    is_token = attention_mask[order].bool()
+
+    # the longest run of equal tokens from the left, but the last token of the shorter row: every
+    # rejected row has a tail
+    last = is_token.sum(dim=1).view(pairs, 2).amin(dim=1, keepdim=True) - 1
+    is_equal = (ids[chosen] == ids[rejected]) & (torch.arange(length) < last)
+    is_shared = is_equal.cumprod(dim=1).bool()  # (B, L)
+    is_packed = is_token.clone()
+    is_packed[rejected] &= ~is_shared
+    tokens = int(is_packed.sum())
+
+    # Where each place of the padded batch finds its hidden state. Padding is never scored; spread
+    # over the row, its zero gradients do not all queue up at one token.
+    place = torch.arange(2 * pairs * length).remainder(tokens).view(2 * pairs, length)
+    place[is_packed] = torch.arange(tokens)
+    place[rejected][is_shared] = place[chosen][is_shared]
+
+    queries = is_packed.sum(dim=1)
+    keys = is_token.sum(dim=1)
+    return {
+        "input_ids": ids[is_packed][None],  # (1, T)
+        "position_ids": is_packed.nonzero()[:, 1][None],  # (1, T)
+        "key_index": place[is_token],  # (K,) where in the packed row the keys stand
+        "row_index": place[order.argsort()],  # (2B, L), the padded batch in TRL's order
+        "query_bounds": F.pad(queries.cumsum(0), (1, 0)).int(),  # (2B + 1,) of the sequences
+        "key_bounds": F.pad(keys.cumsum(0), (1, 0)).int(),
+        "query_lengths": queries.tolist(),
+        "key_lengths": keys.tolist(),
+    }
+
+
+def share_prefixes(model: transformers.PreTrainedModel) -> None:
+    """Let a causal LM, not yet wrapped by PEFT, run batches that carry a plan as one packed row.
+
+    Raises ValueError where its attention cannot be replaced. Batches without a plan run as before.
+    """
+    if not model.is_backend_compatible():
+        raise ValueError("its attention cannot be replaced from outside")
+    transformers.AttentionInterface.register("shared_prefixes", attend_packed_row)
+    stock_mask = transformers.AttentionMaskInterface()["sdpa"]
+    transformers.AttentionMaskInterface.register("shared_prefixes", stock_mask)
+    model.set_attn_implementation("shared_prefixes")
+    model.base_model.register_forward_pre_hook(pack_batch, with_kwargs=True)
+    model.base_model.register_forward_hook(unpack_hidden_states, with_kwargs=True)
+
+
+def stop_sharing(model: transformers.PreTrainedModel) -> None:
+    """Undo share_prefixes: the hooks that stay do nothing to batches without a plan."""
+    model.set_attn_implementation(model.get_correct_attn_implementation(None))
+
+
+def pack_batch(backbone: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Put the packed row in place of the padded batch; the plan goes down to every attention."""
+    plan = kwargs.pop("plan", None)
+    if plan is not None:
+        kwargs["input_ids"] = plan["input_ids"]
+        kwargs["position_ids"] = plan["position_ids"]
+        kwargs["shared_prefixes"] = plan
+        # transformers hands a 4-D mask on as it is, and our attention does not read it: any will do
+        kwargs["attention_mask"] = plan["input_ids"][None, None]
+    return args, kwargs
+
+
+def unpack_hidden_states(
+    backbone: torch.nn.Module, args: tuple, kwargs: dict, output: transformers.utils.ModelOutput
+) -> transformers.utils.ModelOutput:
+    """Hidden states (1, T, H) of the packed row to the padded (2B, L, H) that TRL expects."""
+    plan = kwargs.pop("shared_prefixes", None)
+    if plan is not None:
+        row_index = plan["row_index"]
+        hidden = output.last_hidden_state[0].index_select(0, row_index.flatten())
+        output.last_hidden_state = hidden.view(*row_index.shape, -1)
+    return output
+
+
+@torch.compiler.disable
+def attend_packed_row(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    shared_prefixes: dict | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of a packed row: query (1, Hq, T, D), key and value (1, Hkv, T, D) to (1, T, Hq,
+    D).
+
+    Calls without a plan, such as those of generation, go to SDPA as they came. Raises ValueError
+    for what the layer asks for beyond scale and window.
+    """
+    if shared_prefixes is None:
+        attend = transformers.AttentionInterface()["sdpa"]
+        return attend(module, query, key, value, attention_mask, **kwargs)
+    for name, what in UNKNOWN_TO_KERNELS.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f"its attention has {what}, which the packed one has not")
+
+    plan = shared_prefixes
+    device = query.device.type
+    dtype = value.dtype
+    if torch.is_autocast_enabled(device):  # SDPA would cast what a norm left in float32
+        dtype = torch.get_autocast_dtype(device)
+    query = query[0].transpose(0, 1).to(dtype)  # (T, Hq, D)
+    key = key[0].transpose(0, 1).to(dtype).index_select(0, plan["key_index"])  # (K, Hkv, D)
+    value = value[0].transpose(0, 1).to(dtype).index_select(0, plan["key_index"])
+
+    scale = kwargs.get("scaling")
+    window = kwargs.get("sliding_window")  # tokens that a query sees, itself included
+    if window is not None and window >= max(plan["key_lengths"]):
+        window = None
+    if kernel_takes(query, value, window):
+        return attend_with_kernel(query, key, value, plan, window, scale)[None], None
+    return attend_one_by_one(query, key, value, plan, window, scale)[None], None
+
+
+def kernel_takes(query: torch.Tensor, value: torch.Tensor, window: int | None) -> bool:
+    """Whether torch's variable-length attention runs here: half precision on an NVIDIA card of the
+    Ampere generation or newer, heads of one size.
+    """
+    size = query.shape[-1]
+    is_half = query.dtype in (torch.bfloat16, torch.float16)
+    if not is_half or not query.is_cuda or torch.cuda.get_device_capability(query.device) < (8, 0):
+        return False
+    knows_windows = "window_size" in inspect.signature(varlen_attn).parameters
+    return size == value.shape[-1] <= 256 and size % 8 == 0 and (window is None or knows_windows)
+
+
+def attend_with_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: dict,
+    window: int | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """torch's variable-length attention: (T, Hq, D), (K, Hkv, D) twice to (T, Hq, D)."""
+    before = -1 if window is None else window - 1  # keys that a query sees before its own
+    options = {"window_size": (before, 0), "enable_gqa": True}
+    if "window_size" not in inspect.signature(varlen_attn).parameters:  # torch 2.10
+        options = {"is_causal": True}
+    if scale is not None and scale != query.shape[-1] ** -0.5:  # torch 2.10 knows no other
+        options["scale"] = scale
+    return varlen_attn(
+        query,
+        key,
+        value,
+        plan["query_bounds"],
+        plan["key_bounds"],
+        max(plan["query_lengths"]),
+        max(plan["key_lengths"]),
+        **options,
+    )
+
+
+def attend_one_by_one(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: dict,
+    window: int | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """SDPA sequence after sequence: (T, Hq, D), (K, Hkv, D) twice to (T, Hq, D)."""
+    outputs = []
+    sequences = zip(
+        query.split(plan["query_lengths"]),
+        key.split(plan["key_lengths"]),
+        value.split(plan["key_lengths"]),
+        strict=True,
+    )
+    for some_queries, keys, values in sequences:
+        mask = None
+        is_tail = len(some_queries) < len(keys)
+        is_cut = window is not None and window < len(keys)
+        if is_tail or is_cut:  # else plainly causal, which has the faster kernel
+            last_key = len(keys) - len(some_queries)  # that the first query sees
+            shape = (len(some_queries), len(keys))
+            mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(last_key)
+            if is_cut:
+                mask = mask.triu(last_key - window + 1)
+        output = F.scaled_dot_product_attention(
+            some_queries.transpose(0, 1)[None],  # (1, Hq, tokens, D)
+            keys.transpose(0, 1)[None],
+            values.transpose(0, 1)[None],
+            mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=True,
+        )
+        outputs.append(output[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+# -------------------------------------------------------------------------------------- the command
+def run(argv: list[str] | None = None) -> int:
+    """`main`, its mistakes told in words. Returns the exit status: 0, 2 for a mistake, 128 plus the
+    signal that stopped it, else 1.
+
+    What is not known here is a bug, and keeps its traceback.
+    """
+    warnings.simplefilter("ignore", FutureWarning)  # of the pinned libraries among themselves
+    if not sys.stderr.isatty():  # a file would keep every state of a bar
+        datasets.disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        main(argv)
+    except UserError as error:
+        return tell(str(error), error.status)
+    except KeyboardInterrupt:
+        return tell("interrupted; the same command goes on from where output_dir stands", 130)
+    except torch.OutOfMemoryError as error:
+        return tell(f"{OUT_OF_MEMORY}\n  {first_line(error)}", 1)
+    except Exception as error:
+        if not is_disk_full(error):
             raise
-    told = known[0]
-    if is_main() or told.status == 1:  # a mistake is everybody's, a fault may be one process's alone
-        tqdm.write(f"dpotrainer{'' if is_main() else ', process ' + os.environ['RANK']}: {told}", file=sys.stderr)
-    return told.status
+        return tell(f"{DISK_FULL}\n  {first_line(error)}", 1)
+    return 0
+
+
+OUT_OF_MEMORY = (
+    "out of GPU memory: halve per_device_train_batch_size (only aot, aot_unpaired and sft then "
+    "differ), turn gradient_checkpointing on, lower max_length, or use configs/qwen3_8b_qlora.yaml"
+)
+DISK_FULL = (
+    "a file could not be written, older checkpoints are untouched: make room and run the same "
+    "command again"
+)
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether a file could not be written for want of room; torch.save and safetensors have
+    classes of their own.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    words = ("No space left", "quota exceeded", "File too large", "inline_container")
+    return any(word in str(error) for word in words)
+
+
+def tell(message: str, status: int) -> int:
+    """Print why the program ends; a mistake is everybody's, any other end may be one process's
+    alone.
+    """
+    text = f"dpotrainer: {message}"
+    if not is_main_process():
+        text = f"dpotrainer, process {os.environ['RANK']}: {message}"
+    # torch's launcher ends with 30 lines of its own, and the last of them is what this file says
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if report is not None and status in (1, 2):
+        if not is_main_process():
+            time.sleep(30)  # seconds: the word of the main process comes first, and ends all
+        content = {"message": text, "extraInfo": {"timestamp": int(time.time())}}
+        Path(report).write_text(json.dumps({"message": content}), "utf-8")
+    elif is_main_process() or status == 1:
+        print(text, file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())
