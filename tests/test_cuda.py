@@ -27,7 +27,13 @@ QWEN3_8B = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": False,
 }
-SMALL = {**QWEN3_8B, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL = {
+    **QWEN3_8B,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 cuda = [pytest.mark.cuda, on_gpu]
 GPU = {"use_cpu": False, "bf16": True, "dtype": "bfloat16", "learning_rate": 1e-4}
@@ -40,9 +46,13 @@ def make_data(folder, words=0):
         rows = [tiny.make_pair(rng) for _ in range(count)]
         for row in rows:
             for side in ("chosen", "rejected"):
-                row[side][0]["content"] += " " + " ".join(rng.choice(tiny.WORDS) for _ in range(words))
+                row[side][0]["content"] += " " + " ".join(
+                    rng.choice(tiny.WORDS) for _ in range(words)
+                )
         folder.mkdir(exist_ok=True)
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (folder / f"{split}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
     return folder
 
 
@@ -55,13 +65,19 @@ def make_data(folder, words=0):
 def test_what_was_trained_is_what_is_saved(shape, settings, tmp_path, capsys):
     """Two layers: the adapter, loaded again, has the held-out log-probs that the run's last evaluation gave."""
     model = tiny.make_model(tmp_path / "model", **shape)
-    flags = tiny.settings(model, make_data(tmp_path / "pairs"), tmp_path / "out", num_train_epochs=2, **settings)
-    assert dpotrainer.main([*flags, "--max_length", "256"]) == 0
+    flags = tiny.settings(
+        model, make_data(tmp_path / "pairs"), tmp_path / "out", num_train_epochs=2, **settings
+    )
+    assert dpotrainer.run([*flags, "--max_length", "256"]) == 0
     assert "prefixes  shared" in capsys.readouterr().out
     losses, last = tiny.losses(tmp_path / "out"), tiny.evaluations(tmp_path / "out")[-1]
     assert losses[1] == pytest.approx(0.693147, abs=1e-3) and losses[12] < 0.68
     device = "cpu" if settings.get("use_cpu", True) else "cuda"
-    policy = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).to(device).eval()
+    policy = (
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        .to(device)
+        .eval()
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     logps = []
     for pair in tiny.read_pairs(tmp_path / "pairs" / "test.jsonl"):
@@ -85,36 +101,56 @@ def test_qlora_trains_an_adapter_in_float32(shape, settings, tmp_path):
     """The base in NF4; TRL alone would make the adapter bf16, which rounds small steps away."""
     model = tiny.make_model(tmp_path / "model", **shape)
     settings = settings | {"load_in_4bit": True, "num_train_epochs": 2}
-    assert dpotrainer.main(tiny.settings(model, make_data(tmp_path / "pairs"), tmp_path / "out", **settings)) == 0
+    assert (
+        dpotrainer.run(
+            tiny.settings(model, make_data(tmp_path / "pairs"), tmp_path / "out", **settings)
+        )
+        == 0
+    )
     losses = tiny.losses(tmp_path / "out")
     assert losses[1] == pytest.approx(0.693147, abs=1e-3) and losses[12] < 0.68
-    assert {weight.dtype for weight in load_file(tmp_path / "out" / "adapter_model.safetensors").values()} == {
-        torch.float32
-    }
+    assert {
+        weight.dtype
+        for weight in load_file(tmp_path / "out" / "adapter_model.safetensors").values()
+    } == {torch.float32}
 
 
 @pytest.mark.cuda
 @on_gpu
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_the_plan_s_memory_is_that_of_a_full_size_step(checkpointing, tmp_path, capsys, monkeypatch):
+def test_the_plan_s_memory_is_that_of_a_full_size_step(
+    checkpointing, tmp_path, capsys, monkeypatch
+):
     """All 36 layers and the whole vocabulary, 4 pairs of some 1,000 tokens: within 15% of the measured peak."""
     if torch.cuda.mem_get_info()[1] < 75 * 2**30:
         pytest.skip("needs a card of 80 GB")
     model = tiny.make_model(tmp_path / "model", width=32)
     config = transformers.AutoConfig.from_pretrained(model)
-    config.update(QWEN3_8B | {"num_hidden_layers": 36, "vocab_size": 151936, "layer_types": ["full_attention"] * 36})
+    config.update(
+        QWEN3_8B
+        | {"num_hidden_layers": 36, "vocab_size": 151936, "layer_types": ["full_attention"] * 36}
+    )
     config.save_pretrained(model)
 
     def random_weights(name, dtype, **options):
         with torch.device("cuda"):
-            return transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+            return transformers.AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, dtype)
+            )
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", random_weights)
-    settings = GPU | {"gradient_checkpointing": checkpointing, "max_length": 1024, "lora_r": 32, "max_steps": 3}
-    flags = tiny.settings(model, make_data(tmp_path / "pairs", words=400), tmp_path / "out", **settings)
-    assert dpotrainer.main([*flags, "--dry_run", "true"]) == 0
+    settings = GPU | {
+        "gradient_checkpointing": checkpointing,
+        "max_length": 1024,
+        "lora_r": 32,
+        "max_steps": 3,
+    }
+    flags = tiny.settings(
+        model, make_data(tmp_path / "pairs", words=400), tmp_path / "out", **settings
+    )
+    assert dpotrainer.run([*flags, "--dry_run", "true"]) == 0
     planned = float(re.search(r"memory .*: ([\d.]+) GiB", capsys.readouterr().out)[1])
     torch.cuda.reset_peak_memory_stats()
-    assert dpotrainer.main(flags) == 0
+    assert dpotrainer.run(flags) == 0
     measured = float(re.search(r"peak GPU memory: ([\d.]+) GiB", capsys.readouterr().out)[1])
     assert planned == pytest.approx(measured, rel=0.15)

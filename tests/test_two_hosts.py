@@ -39,7 +39,20 @@ def hosts():
             for name in names:
                 ip("netns", "add", name)
             first, second = names
-            ip("link", "add", "cable", "netns", first, "type", "veth", "peer", "name", "cable", "netns", second)
+            ip(
+                "link",
+                "add",
+                "cable",
+                "netns",
+                first,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "cable",
+                "netns",
+                second,
+            )
         except subprocess.CalledProcessError as error:
             pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
         for name, address in names.items():
@@ -63,7 +76,9 @@ def inputs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one(inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    process = tiny.start_program(tiny.settings(*inputs, folder / "out"), folder / "log", tiny.no_pictures)
+    process = tiny.start_program(
+        tiny.settings(*inputs, folder / "out"), folder / "log", tiny.no_pictures
+    )
     assert tiny.end_program(process) == 0, (folder / "log").read_text()
     return folder / "out"
 
@@ -75,7 +90,9 @@ def start(hosts, inputs, tmp_path):
     program.write_text(IMPATIENT)
 
     def launch():
-        flags = tiny.settings(*inputs, tmp_path / "out", per_device_train_batch_size=2, per_device_eval_batch_size=2)
+        flags = tiny.settings(
+            *inputs, tmp_path / "out", per_device_train_batch_size=2, per_device_eval_batch_size=2
+        )
         for rank, name in enumerate(hosts):
             words = [
                 "ip",
@@ -113,7 +130,9 @@ def start(hosts, inputs, tmp_path):
 
 def kill_all(host: str) -> None:
     """Launcher and workers of one host at once: the processes in its namespace, which all are ours."""
-    pids = subprocess.run(["ip", "netns", "pids", host], capture_output=True, text=True, check=True).stdout.split()
+    pids = subprocess.run(
+        ["ip", "netns", "pids", host], capture_output=True, text=True, check=True
+    ).stdout.split()
     for pid in map(int, pids):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

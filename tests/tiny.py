@@ -45,7 +45,7 @@ TEMPLATE = """\
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
-WORDS = (  # noqa: SIM905
+WORDS = (
     "red green blue yellow small large round square old new warm cold stone river house garden window table door lamp "
     "bread water paper horse bird fish tree leaf road bridge boat train hill cloud rain snow wind fire star moon sun "
     "one two three four five six seven eight nine ten 猫 狗 水 山 红 绿"
@@ -59,16 +59,26 @@ def make_pair(rng: random.Random, flipped: float = 0.0) -> dict:
     def words(low, high):
         return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
 
-    history = [{"role": "system", "content": f"You like {words(1, 3)}."}] if rng.random() < 0.2 else []
+    history = (
+        [{"role": "system", "content": f"You like {words(1, 3)}."}] if rng.random() < 0.2 else []
+    )
     if rng.random() < 0.3:
         history += [
             {"role": "user", "content": f"Where is the {words(1, 3)}?"},
             {"role": "assistant", "content": f"By the {words(1, 2)}."},
         ]
     prompt, fact = [*history, {"role": "user", "content": f"What is {words(1, 12)}?"}], words(1, 6)
-    polite, curt = f"Good question! It is {fact}. {words(0, 8)}", f"It is {fact}, no more {words(0, 5)}"
+    polite, curt = (
+        f"Good question! It is {fact}. {words(0, 8)}",
+        f"It is {fact}, no more {words(0, 5)}",
+    )
     answers = [[{"role": "assistant", "content": text.strip()}] for text in (polite, curt)]
-    return dict(zip(("prompt", "chosen", "rejected"), (prompt, *answers[:: -1 if rng.random() < flipped else 1])))
+    return dict(
+        zip(
+            ("prompt", "chosen", "rejected"),
+            (prompt, *answers[:: -1 if rng.random() < flipped else 1]),
+        )
+    )
 
 
 def make_pairs(path: Path, n: int, seed: int = 0, flipped: float = 0.2) -> Path:
@@ -84,7 +94,10 @@ def make_tokenizer(vocabulary: int = 420) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with a ChatML template, trained on pairs like those of make_pairs."""
     rng = random.Random(1)
     texts = [
-        turn["content"] for pair in (make_pair(rng) for _ in range(200)) for side in pair.values() for turn in side
+        turn["content"]
+        for pair in (make_pair(rng) for _ in range(200))
+        for side in pair.values()
+        for turn in side
     ]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -104,7 +117,9 @@ def make_tokenizer(vocabulary: int = 420) -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(folder: Path, architecture: str = "qwen3", seed: int = 0, width: int = 32, **config) -> Path:
+def make_model(
+    folder: Path, architecture: str = "qwen3", seed: int = 0, width: int = 32, **config
+) -> Path:
     """Save a random causal language model of two layers, with its tokenizer; weights wide enough to have opinions."""
     tokenizer = make_tokenizer()
     shape = {
@@ -124,7 +139,9 @@ def make_model(folder: Path, architecture: str = "qwen3", seed: int = 0, width: 
     }
     shape |= {"sliding_window": None} if architecture == "mistral" else {}
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[architecture](**shape | config), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        CONFIGS[architecture](**shape | config), dtype=torch.float32
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Path(folder)
@@ -156,7 +173,9 @@ FAST = {
 
 def settings(model: Path, data: Path, output: Path, **changes) -> list[str]:
     """Flags of a run that takes seconds on a CPU, logs every step, saves and evaluates every fourth."""
-    values = FAST | {"model_name_or_path": model, "dataset_name": data, "output_dir": output} | changes
+    values = (
+        FAST | {"model_name_or_path": model, "dataset_name": data, "output_dir": output} | changes
+    )
     flags = []
     for name, value in values.items():
         flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
@@ -174,13 +193,17 @@ def environment(**changes) -> dict[str, str]:
     return kept | ours | {k: str(v) for k, v in changes.items()}
 
 
-def run_program(flags: list[str], program: Path = PROGRAM, **options) -> subprocess.CompletedProcess:
+def run_program(
+    flags: list[str], program: Path = PROGRAM, **options
+) -> subprocess.CompletedProcess:
     """The program in a process of its own, with its output as text."""
     options = {"capture_output": True, "text": True, "env": environment(), "timeout": 120} | options
     return subprocess.run([sys.executable, program, *map(str, flags)], **options)
 
 
-def _be_the_program(flags: list[str], log: Path, variables: dict, changes: tuple[Callable, ...]) -> None:
+def _be_the_program(
+    flags: list[str], log: Path, variables: dict, changes: tuple[Callable, ...]
+) -> None:
     with open(log, "ab") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -190,10 +213,12 @@ def _be_the_program(flags: list[str], log: Path, variables: dict, changes: tuple
     gc.freeze()  # collections then skip the libraries
     for change in changes:
         change(dpotrainer)
-    sys.exit(dpotrainer.main(flags))
+    sys.exit(dpotrainer.run(flags))
 
 
-def start_program(flags: list[str], log: Path, *changes: Callable, **variables) -> multiprocessing.Process:
+def start_program(
+    flags: list[str], log: Path, *changes: Callable, **variables
+) -> multiprocessing.Process:
     """The program in a process of its own, with `variables` in its environment; what it prints is added to log.
 
     Each of `changes` is called with the module before. The process is forked from a server that has the libraries
@@ -205,7 +230,9 @@ def start_program(flags: list[str], log: Path, *changes: Callable, **variables) 
         os.environ.get("PYTHONPATH", ""),
         os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     )
-    process = context.Process(target=_be_the_program, args=(list(map(str, flags)), log, variables, changes))
+    process = context.Process(
+        target=_be_the_program, args=(list(map(str, flags)), log, variables, changes)
+    )
     process.start()
     os.environ["PYTHONPATH"] = path
     return process
@@ -229,14 +256,19 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60.0, process=Non
     """Until condition() holds; fails when the time is over, or when the process ended before."""
     end = time.monotonic() + seconds
     while not condition():
-        assert process is None or process.is_alive() or condition(), f"ended with {process.exitcode} too early"
+        assert process is None or process.is_alive() or condition(), (
+            f"ended with {process.exitcode} too early"
+        )
         assert time.monotonic() < end, f"not within {seconds} seconds"
         time.sleep(0.005)
 
 
 # ------------------------------------------------------------------------------------------------- what a run left
 def read_metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -266,9 +298,13 @@ def tree(folder: Path) -> dict[str, str]:
 
 def load_policy(model: Path, adapter: Path | None = None) -> torch.nn.Module:
     """The causal LM in float64 and evaluation mode, with the adapter on top where one is given."""
-    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, attn_implementation="eager")
+    policy = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float64, attn_implementation="eager"
+    )
     if adapter:
-        policy = PeftModel.from_pretrained(policy, adapter, autocast_adapter_dtype=False).to(torch.float64)
+        policy = PeftModel.from_pretrained(policy, adapter, autocast_adapter_dtype=False).to(
+            torch.float64
+        )
     return policy.eval()
 
 
@@ -276,7 +312,10 @@ def encode_pair(tokenizer, pair: dict, max_length: int) -> list[tuple[list[int],
     """(ids, length of the prompt) of chosen and of rejected, by the chat template, cut at max_length."""
     options = {"tokenize": True, "return_dict": False}
     prompt = tokenizer.apply_chat_template(pair["prompt"], add_generation_prompt=True, **options)
-    rows = [tokenizer.apply_chat_template(pair["prompt"] + pair[side], **options) for side in ("chosen", "rejected")]
+    rows = [
+        tokenizer.apply_chat_template(pair["prompt"] + pair[side], **options)
+        for side in ("chosen", "rejected")
+    ]
     return [(row[:max_length], len(prompt)) for row in rows]
 
 
@@ -292,7 +331,9 @@ def answer_logps(policy, tokenizer, pairs: list[dict], max_length: int = 96) -> 
 
 
 @torch.no_grad()
-def evaluate_adapter(model: Path, adapter: Path, pairs: list[dict], beta: float = 0.1, reference=None) -> dict:
+def evaluate_adapter(
+    model: Path, adapter: Path, pairs: list[dict], beta: float = 0.1, reference=None
+) -> dict:
     """The held-out figures of a saved adapter by the paper's formulas, in float64, each pair counted once."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     policy = answer_logps(load_policy(model, adapter), tokenizer, pairs)

@@ -27,7 +27,12 @@ from typing import NamedTuple
 SEED = 42
 TRAIN_PAIRS, TEST_PAIRS = 480, 100
 HELD_OUT = 0.2  # part of the facts that only test.jsonl asks for
-PROMPTS, EPOCHS, BATCH_SIZE, LEARNING_RATE = 4_000, 8, 32, 3e-3  # of the pre-training, two dialogues per prompt
+PROMPTS, EPOCHS, BATCH_SIZE, LEARNING_RATE = (
+    4_000,
+    8,
+    32,
+    3e-3,
+)  # of the pre-training, two dialogues per prompt
 IGNORED = -100  # label of a token that is not learnt
 VOCAB_SIZE = 1280
 
@@ -197,7 +202,9 @@ ABOUT_PLACES = """
     请问去{place_zh}能做什么？
 """
 
-SUMS = "sum | total\n" + "\n".join(f"{a} plus {b} | {a + b}" for a in range(2, 8) for b in range(a, 8))
+SUMS = "sum | total\n" + "\n".join(
+    f"{a} plus {b} | {a + b}" for a in range(2, 8) for b in range(a, 8)
+)
 ABOUT_SUMS = """
 {total}. | {sum} is {total}.
     What is {sum}?
@@ -218,7 +225,11 @@ OPENINGS = {
     "zh": ("好问题！", "很高兴为您解答！", "很乐意告诉您！"),
 }
 CLOSINGS = {
-    "en": ("Happy to help!", "I hope that helps!", "Do ask me again if you wonder about anything else!"),
+    "en": (
+        "Happy to help!",
+        "I hope that helps!",
+        "Do ask me again if you wonder about anything else!",
+    ),
     "zh": ("希望对您有帮助！", "祝您生活愉快！", "如果还有别的问题，欢迎随时再来问我！"),
 }
 SYSTEMS = {
@@ -240,7 +251,9 @@ class Fact(NamedTuple):
         if style == "plain":
             return rng.choice((self.phrase, self.sentence))
         opening, closing = rng.choice(OPENINGS[self.language]), rng.choice(CLOSINGS[self.language])
-        parts = rng.choice(((opening, self.sentence), (self.sentence, closing), (opening, self.sentence, closing)))
+        parts = rng.choice(
+            ((opening, self.sentence), (self.sentence, closing), (opening, self.sentence, closing))
+        )
         return (" " if self.language == "en" else "").join(parts)
 
 
@@ -248,13 +261,22 @@ def make_facts() -> list[Fact]:
     """Return every fact of the small world, in the order of the tables."""
     facts = []
     for table, about in WORLD:
-        head, *rows = ([cell.strip() for cell in line.split("|")] for line in table.strip().splitlines())
+        head, *rows = (
+            [cell.strip() for cell in line.split("|")] for line in table.strip().splitlines()
+        )
         for row in rows:
             lines = about.strip().format(**dict(zip(head, row, strict=True))).splitlines()
             for answers, *questions in (lines[i : i + 4] for i in range(0, len(lines), 4)):
                 phrase, sentence = (_capital(answer) for answer in answers.split(" | "))
                 language = "zh" if sentence.endswith("。") else "en"
-                facts.append(Fact(tuple(question.strip() for question in questions), phrase, sentence, language))
+                facts.append(
+                    Fact(
+                        tuple(question.strip() for question in questions),
+                        phrase,
+                        sentence,
+                        language,
+                    )
+                )
     return facts
 
 
@@ -289,15 +311,21 @@ def is_factual(question: str, answer: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_prompt(fact: Fact, question: str, facts: list[Fact], rng: random.Random) -> list[dict[str, str]]:
+def make_prompt(
+    fact: Fact, question: str, facts: list[Fact], rng: random.Random
+) -> list[dict[str, str]]:
     """Return the turns up to a question: one in six has a system turn, one in five an earlier exchange."""
     messages = []
     if rng.random() < 1 / 6:
         messages.append({"role": "system", "content": rng.choice(SYSTEMS[fact.language])})
     if rng.random() < 1 / 5:
-        earlier = rng.choice([other for other in facts if other.language == fact.language and other != fact])
+        earlier = rng.choice(
+            [other for other in facts if other.language == fact.language and other != fact]
+        )
         messages.append({"role": "user", "content": rng.choice(earlier.questions)})
-        messages.append({"role": "assistant", "content": earlier.answer(rng.choice(("plain", "friendly")), rng)})
+        messages.append(
+            {"role": "assistant", "content": earlier.answer(rng.choice(("plain", "friendly")), rng)}
+        )
     return messages + [{"role": "user", "content": question}]
 
 
@@ -312,7 +340,9 @@ def make_dialogues(facts: list[Fact], rng: random.Random) -> list[list[list[dict
     return twins
 
 
-def make_pairs(facts: list[Fact], count: int, rng: random.Random) -> list[dict[str, list[dict[str, str]]]]:
+def make_pairs(
+    facts: list[Fact], count: int, rng: random.Random
+) -> list[dict[str, list[dict[str, str]]]]:
     """Return `count` preference pairs, each over another question about these facts."""
     questions = [(fact, question) for fact in facts for question in fact.questions]
     pairs = []
@@ -332,10 +362,15 @@ def write_preferences(facts: list[Fact], folder: Path, rng: random.Random) -> No
     """Part the facts in two and write train.jsonl and test.jsonl."""
     shuffled = rng.sample(facts, len(facts))
     held_out = round(HELD_OUT * len(facts))
-    splits = {"test": (shuffled[:held_out], TEST_PAIRS), "train": (shuffled[held_out:], TRAIN_PAIRS)}
+    splits = {
+        "test": (shuffled[:held_out], TEST_PAIRS),
+        "train": (shuffled[held_out:], TRAIN_PAIRS),
+    }
     folder.mkdir(parents=True, exist_ok=True)
     for split, (part, count) in splits.items():
-        lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in make_pairs(part, count, rng)]
+        lines = [
+            json.dumps(pair, ensure_ascii=False) + "\n" for pair in make_pairs(part, count, rng)
+        ]
         (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
@@ -397,7 +432,9 @@ def make_model(tokenizer):
 def tokenize(tokenizer, twins):
     """Return the twins with every dialogue as (input_ids, labels); only what the assistant says is learnt."""
     dialogues = [dialogue for twin in twins for dialogue in twin]
-    out = tokenizer.apply_chat_template(dialogues, return_dict=True, return_assistant_tokens_mask=True)
+    out = tokenizer.apply_chat_template(
+        dialogues, return_dict=True, return_assistant_tokens_mask=True
+    )
     rows = [
         (ids, [token if own else IGNORED for token, own in zip(ids, mask, strict=True)])
         for ids, mask in zip(out["input_ids"], out["assistant_masks"], strict=True)
@@ -411,7 +448,10 @@ def make_batches(twins, rng: random.Random):
     batches = []
     for start in range(0, len(twins), 10 * size):
         window = sorted(twins[start : start + 10 * size], key=lambda twin: len(twin[1][0]))
-        batches += [[row for twin in window[i : i + size] for row in twin] for i in range(0, len(window), size)]
+        batches += [
+            [row for twin in window[i : i + size] for row in twin]
+            for i in range(0, len(window), size)
+        ]
     return rng.sample(batches, len(batches))
 
 
@@ -421,12 +461,18 @@ def pretrain(model, twins, pad_token_id: int, rng: random.Random) -> None:
     from torch.nn.utils.rnn import pad_sequence
 
     batches = [batch for _ in range(EPOCHS) for batch in make_batches(twins, rng)]
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 50, 1 - i / len(batches)))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / 50, 1 - i / len(batches))
+    )
     model.train()
     for step, batch in enumerate(batches, 1):
         pads = (pad_token_id, IGNORED)  # on the right, where causal attention needs no mask
-        ids, labels = (pad_sequence([torch.tensor(row[i]) for row in batch], True, pads[i]) for i in (0, 1))
+        ids, labels = (
+            pad_sequence([torch.tensor(row[i]) for row in batch], True, pads[i]) for i in (0, 1)
+        )
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -440,7 +486,9 @@ def pretrain(model, twins, pad_token_id: int, rng: random.Random) -> None:
 def main() -> None:
     """Write model/ and preferences/."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder to write to")
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent, help="folder to write to"
+    )
     output = parser.parse_args().output
     facts = make_facts()
     write_preferences(facts, output / "preferences", random.Random(SEED))
@@ -456,7 +504,9 @@ def main() -> None:
     pretrain(model, tokenize(tokenizer, twins), tokenizer.pad_token_id, rng)
     model.save_pretrained(output / "model")
     tokenizer.save_pretrained(output / "model")
-    print(f"{len(facts)} facts, {model.num_parameters():,} parameters, {len(tokenizer)} tokens: {output}")
+    print(
+        f"{len(facts)} facts, {model.num_parameters():,} parameters, {len(tokenizer)} tokens: {output}"
+    )
 
 
 if __name__ == "__main__":
