@@ -3181,6 +3181,7 @@ def save_miniature(job: Job, start: Start, folder: Path) -> str | None:
             start.tokenizer.save_pretrained(folder / "base")
         if len(start.tokenizer) > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(len(start.tokenizer))
+        model.name_or_path = str(folder / "base")  # PEFT writes it into the adapter
         policy = peft.get_peft_model(model, lora)
     except Exception as error:  # of an odd architecture, or of LoRA's place in so few layers
         return first_line(error)
@@ -4325,9 +4326,9 @@ def score_tokens(model: torch.nn.Module, pairs: Dataset) -> torch.Tensor:
     logps = []
     for pair in pairs:
         ids = torch.tensor([pair["prompt_ids"] + pair["chosen_ids"]], device=model.device)
-        logits = model(input_ids=ids).logits[0, len(pair["prompt_ids"]) - 1 : -1].float()
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(pair["prompt_ids"]) - 1 : -1]
         answer = ids[0, len(pair["prompt_ids"]) :, None]
-        logps.append(logits.log_softmax(-1).gather(1, answer)[:, 0].cpu())
+        logps.append(logits.float().log_softmax(-1).gather(1, answer)[:, 0].cpu())
     return torch.cat(logps)
 
 

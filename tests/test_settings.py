@@ -900,7 +900,7 @@ def test_no_gpu_is_a_mistake_of_a_run_and_a_remark_of_a_dry_run(refuse, read, mo
     job = read("--use_cpu", "false", "--dry_run", "true", "--bf16", "true")
     assert (
         len(job.remarks) == 1
-        and job.remarks[0].startswith("! no CUDA GPU here")
+        and job.remarks[0].startswith("no CUDA GPU here")
         and job.training_args.use_cpu
     )
     assert read("--dry_run", "true").remarks == []
