@@ -147,7 +147,7 @@ def test_two_hosts_train_what_one_process_trains(start, inputs, one, tmp_path):
         assert process.wait(180) == 0, told(tmp_path)
     same_trajectory(tmp_path / "out", one)
     compare_evaluation(inputs[0], tmp_path / "out", inputs[1])
-    assert (tmp_path / "log-0").read_text().count("2 processes on cpu") == 1
+    assert (tmp_path / "log-0").read_text().count("2 (processes)") == 1
     assert "policy" not in (tmp_path / "log-1").read_text(), "prints on both"
 
 
