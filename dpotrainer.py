@@ -1988,6 +1988,9 @@ def load_start(job: Job) -> Start:
             what += f" is an adapter of base_model_name_or_path={base_name}, which"
         raise UserError(f"{what} cannot be read: {first_line(error)}; {HUB_ADVICE}") from error
 
+    if job.model_args.dtype == "auto":
+        job.model_args.dtype = str(config.dtype or torch.float32).removeprefix("torch.")
+
     # SFT may have saved the adapter alone: then the tokenizer is the base's
     has_own_tokenizer = not os.path.isdir(name) or Path(name, "tokenizer_config.json").exists()
     try:
@@ -2652,11 +2655,12 @@ def print_plan(job: Job, start: Start, preferences: Preferences, sharing: "Shari
     args = job.training_args
     policy = build_without_weights(job, start)
     passes = plan_passes(args, preferences, sharing)
-    steps = count_steps(args, len(preferences.train))
+    pairs = len(preferences.train)
+    steps = count_steps(job, pairs)
     say(
         *preferences.report,
         *describe_policy(job, start, policy),
-        *describe_steps(args, len(preferences.train), steps),
+        *describe_steps(job, pairs, steps),
         *wrap("prefixes", sharing.line),
         *describe_cost(job, start, policy, passes, steps),
         *wrap("output", args.output_dir),
@@ -2686,7 +2690,7 @@ def build_without_weights(job: Job, start: Start) -> peft.PeftModel:
         with torch.device("meta"), transformers.modeling_utils.set_zero3_state():
             model = AutoModelForCausalLM.from_config(
                 start.config,
-                dtype=getattr(torch, job.model_args.dtype),
+                dtype=job.model_args.dtype,
                 attn_implementation=job.model_args.attn_implementation,
             )
             return peft.get_peft_model(model, choose_lora(job, start))
@@ -2708,37 +2712,30 @@ def describe_policy(job: Job, start: Start, policy: peft.PeftModel) -> list[str]
     args = job.training_args
     trained, total = policy.get_nb_trainable_parameters()
     frozen = total - trained
-    lora = policy.peft_config["default"]
     reached, missed_experts = find_reach(policy)
-    quantised = ""
+    base = f"{start.base_name}, {frozen:,} weights in {job.model_args.dtype}"
     bits = count_bits(job, start.config)
     if bits is not None:
-        quantised = f", {bits} bits in its layers"
-    lines = [
-        *wrap(
-            "policy",
-            f"{start.base_name}, {frozen:,} weights in {job.model_args.dtype}{quantised}",
-        ),
-        *wrap(
-            "adapter",
-            f"rank {lora.r}, alpha {lora.lora_alpha}: {trained:,} trained weights "
-            f"({trained / frozen:.2%}), beside {reached / frozen:.0%} of the policy's",
-        ),
-    ]
+        base += f", {bits} bits in its layers"
+    lora = policy.peft_config["default"]
+    adapter = f"{trained:,} trained weights ({trained / frozen:.2%})"
+    if isinstance(lora, LoraConfig):
+        adapter = f"rank {lora.r}, alpha {lora.lora_alpha}: {adapter}"
+    lines = wrap("policy", base)
+    lines += wrap("adapter", f"{adapter}, beside {reached / frozen:.0%} of the policy's")
     if missed_experts:
+        names = ", ".join(missed_experts)
         lines += wrap(
             "!",
             f"no expert has an adapter, only {reached / frozen:.1%} of the weights have: add "
-            f"`lora_target_parameters: [{', '.join(missed_experts)}]`",
+            f"`lora_target_parameters: [{names}]`",
         )
     objective = " + ".join(args.loss_type)
     if args.loss_weights is not None:
         objective += f", weighted {args.loss_weights}"
-    return [
-        *lines,
-        *wrap("reference", REFERENCES[start.reference]),
-        *wrap("objective", f"{objective}, beta {args.beta:g}"),
-    ]
+    lines += wrap("reference", REFERENCES[start.reference])
+    lines += wrap("objective", f"{objective}, beta {args.beta:g}")
+    return lines
 
 
 def find_reach(policy: peft.PeftModel) -> tuple[int, list[str]]:
@@ -2769,55 +2766,52 @@ def count_bits(job: Job, config: transformers.PretrainedConfig) -> int | None:
     return 4 if is_four or job.model_args.load_in_4bit else 8
 
 
-def count_steps(args: DPOConfig, pairs: int) -> int:
+def count_steps(job: Job, pairs: int) -> int:
     """Optimizer steps of the run; the last one of an epoch is filled up."""
+    args = job.training_args
     if args.max_steps > 0:
         return args.max_steps
-    return math.ceil(args.num_train_epochs * math.ceil(pairs / count_batch(args)))
+    return math.ceil(args.num_train_epochs * math.ceil(pairs / job.settings.global_batch_size))
 
 
-def count_batch(args: DPOConfig) -> int:
-    """Pairs of an optimizer step."""
-    passes = args.gradient_accumulation_steps * args.world_size
-    return args.per_device_train_batch_size * passes
-
-
-def describe_steps(args: DPOConfig, pairs: int, steps: int) -> list[str]:
-    """Batch and steps, and a warning where they are too few to learn from."""
-    batch = count_batch(args)
+def describe_steps(job: Job, pairs: int, steps: int) -> list[str]:
+    """Batch and steps, with warnings where they are too few to learn from."""
+    args = job.training_args
+    batch = job.settings.global_batch_size
     warmup = args.get_warmup_steps(steps)
     why = f"{args.num_train_epochs:g} (epochs) x {pairs:,} (pairs) / {batch}, rounded up"
     if args.max_steps > 0:
         why = "max_steps"
-    lines = [
-        *wrap(
-            "batch",
-            f"{batch} pairs = {args.per_device_train_batch_size} (per device) x "
-            f"{args.gradient_accumulation_steps} (accumulation) x {args.world_size} (processes)",
-        ),
-        *wrap(
-            "steps",
-            f"{steps:,} = {why}; learning rate {args.learning_rate:g}, "
-            f"{args.lr_scheduler_type.value}, warm-up {warmup}",
-        ),
-    ]
+    lines = wrap(
+        "batch",
+        f"{batch} pairs = {args.per_device_train_batch_size} (per device) x "
+        f"{args.gradient_accumulation_steps} (accumulation) x {args.world_size} (processes)",
+    )
+    lines += wrap(
+        "steps",
+        f"{steps:,} = {why}; learning rate {args.learning_rate:g}, "
+        f"{args.lr_scheduler_type.value}, warm-up {warmup}",
+    )
     if batch > pairs:
         lines += wrap("!", f"a step of {batch} pairs is more than there are, so pairs repeat in it")
     if warmup >= steps:
-        lines += wrap(
-            "!", f"all {steps} steps are warm-up, from learning rate 0: lower warmup_steps"
-        )
+        told = f"all {steps} steps are warm-up, from learning rate 0: lower warmup_steps"
+        lines += wrap("!", told)
     if steps < FEW_STEPS:
-        # of four pairs or more on each process; epochs where that alone is not enough
-        size = max(4, int(args.num_train_epochs * pairs / FEW_STEPS / args.world_size))
-        epochs = max(args.num_train_epochs, math.ceil(FEW_STEPS * size * args.world_size / pairs))
-        lines += wrap(
-            "!",
-            f"{steps} steps hardly move the policy; `global_batch_size: {size * args.world_size}`, "
-            f"`per_device_train_batch_size: {math.gcd(size, args.per_device_train_batch_size)}` "
-            f"and `num_train_epochs: {epochs:g}` make {FEW_STEPS} or more",
-        )
+        lines += wrap("!", f"{steps} steps hardly move the policy; {suggest_steps(args, pairs)}")
     return lines
+
+
+def suggest_steps(args: DPOConfig, pairs: int) -> str:
+    """Settings that make steps enough: smaller ones, and epochs where that is not enough."""
+    size = max(4, int(args.num_train_epochs * pairs / FEW_STEPS / args.world_size))
+    batch = size * args.world_size
+    epochs = max(args.num_train_epochs, math.ceil(FEW_STEPS * batch / pairs))
+    per_device = math.gcd(size, args.per_device_train_batch_size)
+    return (
+        f"`global_batch_size: {batch}`, `per_device_train_batch_size: {per_device}` and "
+        f"`num_train_epochs: {epochs:g}` make {FEW_STEPS} or more"
+    )
 
 
 def plan_passes(args: DPOConfig, preferences: Preferences, sharing: "Sharing") -> list[Pass]:
@@ -2862,7 +2856,7 @@ def describe_cost(
     scored = sum(each.scored for each in passes)
     pairs = len(passes) * args.per_device_train_batch_size
     per_pair = (layers * sum(tokens) + head * scored) / pairs
-    trained_pairs = steps * count_batch(args)
+    trained_pairs = steps * job.settings.global_batch_size
     text = (
         f"{trained_pairs * per_pair:.2g} operations = {trained_pairs:,} (pairs) x {per_pair:.3g} "
         f"({forwards})"
@@ -2894,11 +2888,13 @@ def estimate_memory(
     bits = count_bits(job, start.config)
     for weight in policy.parameters():
         # quantisation leaves vectors, embeddings and head as they are, and adds scales
-        is_table = text_config.vocab_size in weight.shape
-        if bits is not None and weight.ndim > 1 and not is_table:
-            weights += weight.numel() * (bits + 0.25) / 8 / shards
-        elif not weight.requires_grad:
+        is_table = weight.ndim == 1 or text_config.vocab_size in weight.shape
+        if weight.requires_grad:
+            continue
+        if bits is None or is_table:
             weights += weight.nbytes / shards
+        else:
+            weights += weight.numel() * (bits + 0.25) / 8 / shards
     parts = {"weights": weights, "adapter": adapter, "gradients": adapter}
     parts["optimizer"] = 2 * adapter  # Adam's moments
     if "8bit" in args.optim:
@@ -2907,22 +2903,23 @@ def estimate_memory(
 
     state = text_config.hidden_size * policy.get_base_model().dtype.itemsize
     parts["activations"] = kept
-    if args.gradient_checkpointing:  # the input of each layer, and what one of them keeps
+    if args.gradient_checkpointing:  # the input of each layer; one layer, with its gradients
         layers = text_config.num_hidden_layers
-        parts["activations"] = layers * largest.rows * largest.length * state + kept / layers
+        inputs = layers * largest.rows * largest.length * state
+        parts["activations"] = inputs + 1.3 * kept / layers
     # TRL's head: hidden states, their gradient in float32, a tile of 4096 x 32768 logits
     parts["head"] = largest.scored * (state + 4 * text_config.hidden_size)
     parts["head"] += 2 * min(largest.scored, 4096) * min(text_config.vocab_size, 32768)
-    # CUDA itself, and what lies idle between tensors
-    parts["overhead"] = GIB + 0.1 * (parts["activations"] + parts["head"])
+    if is_for_gpu(job):  # CUDA itself, and what lies idle between tensors
+        parts["overhead"] = GIB + 0.1 * (parts["activations"] + parts["head"])
     return parts
 
 
 def describe_memory(job: Job, parts: dict[str, float], tokens: int) -> list[str]:
     """The sum with its parts, and which card has room for it."""
     total = sum(parts.values()) / GIB
-    terms = " + ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
-    text = f"{total:.1f} GiB in the largest pass, of {tokens:,} tokens: {terms}"
+    terms = " + ".join(f"{name} {size / GIB:.3g}" for name, size in parts.items() if size)
+    text = f"{total:.3g} GiB in the largest pass, of {tokens:,} tokens: {terms}"
     if not is_for_gpu(job):
         return wrap("memory", text)
     cards = [0.98 * size for size in CARDS]  # the driver takes some
@@ -3171,18 +3168,15 @@ def save_miniature(job: Job, start: Start, folder: Path) -> str | None:
     """Write the base in miniature, and an adapter of it where the start is one. Returns why that
     cannot be done, or None.
     """
-    lora = choose_lora(job, start)
-    lora.base_model_name_or_path = str(folder / "base")
     try:
         model = make_miniature(start.config)
+        model.name_or_path = str(folder / "base")  # PEFT writes it into the adapter
         model.base_model(input_ids=torch.arange(8)[None], use_cache=False)
         if is_main_process():
             model.save_pretrained(folder / "base")
             start.tokenizer.save_pretrained(folder / "base")
-        if len(start.tokenizer) > model.get_input_embeddings().weight.shape[0]:
-            model.resize_token_embeddings(len(start.tokenizer))
-        model.name_or_path = str(folder / "base")  # PEFT writes it into the adapter
-        policy = peft.get_peft_model(model, lora)
+        make_room(model, start.tokenizer)
+        policy = peft.get_peft_model(model, choose_lora(job, start))
     except Exception as error:  # of an odd architecture, or of LoRA's place in so few layers
         return first_line(error)
     if start.adapter is not None and is_main_process():
@@ -3218,7 +3212,8 @@ def shrink_job(job: Job, start: Start, folder: Path) -> Job:
         model_args.load_in_4bit = False
         model_args.load_in_8bit = False
         model_args.attn_implementation = None
-        model_args.dtype = "float32"
+        if model_args.dtype == "float16":
+            model_args.dtype = "float32"
         args.fp16 = False
         args.activation_offloading = False
         if re.search(GPU_OPTIMIZERS, args.optim):
@@ -3226,7 +3221,7 @@ def shrink_job(job: Job, start: Start, folder: Path) -> Job:
     second = job.settings.ref_model_name_or_path and str(folder / "base")
     settings = dataclasses.replace(
         job.settings,
-        global_batch_size=count_batch(args),
+        global_batch_size=2 * args.per_device_train_batch_size * args.world_size,
         ref_model_name_or_path=second,
         sample_prompts=min(2, job.settings.sample_prompts),
         dry_run=False,
@@ -3272,36 +3267,43 @@ def run_miniature(job: Job, preferences: Preferences) -> None:
         save_report(trainer, job, start, report)
     if not is_sharded():
         compare_saved(trainer, job, preferences)
-    if job.settings.merge:
+    if job.settings.merge and is_main_process():
         merge_adapter(job, start, preferences)
 
 
 @torch.no_grad()
 def compare_saved(trainer: PreferenceTrainer, job: Job, preferences: Preferences) -> None:
     """Raise UserError where PEFT alone loads another policy than the one that was trained."""
+    dtype = job.model_args.dtype
     saved = peft.AutoPeftModelForCausalLM.from_pretrained(
-        job.training_args.output_dir, dtype=job.model_args.dtype
-    )
+        job.training_args.output_dir, dtype=dtype
+    ).to(trainer.args.device)
     pair = preferences.train.take(1)
-    trained = score_tokens(trainer.model.eval(), pair)
-    loaded = score_tokens(saved.to(trainer.args.device).eval(), pair)
+    with trainer.accelerator.autocast():
+        trained = score_tokens(trainer.model.eval(), pair)
+        loaded = score_tokens(saved.eval(), pair)
     gap = (loaded - trained).abs().mean().item()
-    if not gap <= MERGE_TOLERANCE[str(job.model_args.dtype)]:  # it may be nan
+    is_rounded = trainer.args.bf16 or trainer.args.fp16
+    allowed = MERGE_TOLERANCE["bfloat16" if is_rounded else str(dtype)]
+    if not gap <= allowed:  # it may be nan
         raise UserError(f"the saved adapter's log-probs are {gap:.2g} nats a token off")
 
 
 def explain_rehearsal(error: Exception, job: Job) -> str:
-    """Where it came, what it says, and the settings whose name or value it has, or all that were
-    given.
-    """
+    """Where it came and what it says; of a library's error also the settings that it may mean."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame.name for frame in frames if frame.filename == __file__]
     where = ours[min(2, len(ours) - 1)]  # rehearse, run_miniature, and what that called
-    what = str(error).strip()
-    if not isinstance(error, UserError):
-        what = f"{type(error).__name__}: {first_line(error)}"
+    told = f"this run would fail, its rehearsal does in {where}: "
+    if isinstance(error, UserError):
+        return told + str(error)
+    suspects = find_suspects(str(error), job)
+    return f"{told}{type(error).__name__}: {first_line(error)}\n  it may mean {suspects}"
 
-    words = {word.strip(".") for word in re.findall(r"[\w.-]+", str(error))}
+
+def find_suspects(message: str, job: Job) -> str:
+    """The settings whose name, its end or its value a message has; else all that were given."""
+    words = {word.strip(".") for word in re.findall(r"[\w.-]{2,}", message)}
     values = flat_settings(job)
     for place in ("model_name_or_path", "ref_model_name_or_path", "dataset_name", "output_dir"):
         values.pop(place, None)
@@ -3309,13 +3311,12 @@ def explain_rehearsal(error: Exception, job: Job) -> str:
     given = [name for name in names if not job.layers[name].startswith("constant")]
     meant = []
     for name in names:
-        ends = [word for word in words if len(word) > 7 and name.endswith(word)]
-        if name in words or ends or words.intersection(re.findall(r"[\w.-]+", str(values[name]))):
+        has_end = any(len(word) > 7 and name.endswith(word) for word in words)
+        has_value = words.intersection(re.findall(r"[\w.-]+", str(values[name])))
+        if name in words or has_end or has_value:
             meant.append(name)
     suspects = [name for name in meant if name in given] or meant or given
-    shown = [f"{job.layers[name]} ({values[name]})" for name in suspects]
-    told = f"this run would fail, its rehearsal does in {where}: {what}"
-    return f"{told}\n  it may mean {', '.join(shown)}"
+    return ", ".join(f"{job.layers[name]} ({values[name]})" for name in suspects)
 
 
 # ------------------------------------------------------------------------------------------ insight
@@ -3363,6 +3364,13 @@ class Report(TrainerCallback):
         self.began_at = time.monotonic()
         self.mark = (state.global_step, self.began_at)
         say("", f"{HEADER}{'pairs/s':>8}{'elapsed':>9}{'left':>9}")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say what memory the first step took, which the plan has estimated."""
+        is_first = state.global_step == self.first_step + 1
+        if is_first and torch.cuda.is_initialized():
+            peak = torch.cuda.max_memory_allocated() / GIB
+            say(f"       {peak:.1f} GiB of GPU memory at the peak of the first step")
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any

@@ -69,7 +69,7 @@ def test_what_was_trained_is_what_is_saved(shape, settings, tmp_path, capsys):
         model, make_data(tmp_path / "pairs"), tmp_path / "out", num_train_epochs=2, **settings
     )
     assert dpotrainer.run([*flags, "--max_length", "256"]) == 0
-    assert "prefixes  shared" in capsys.readouterr().out
+    assert "prefixes   shared" in capsys.readouterr().out
     losses, last = tiny.losses(tmp_path / "out"), tiny.evaluations(tmp_path / "out")[-1]
     assert losses[1] == pytest.approx(0.693147, abs=1e-3) and losses[12] < 0.68
     device = "cpu" if settings.get("use_cpu", True) else "cuda"
