@@ -61,7 +61,7 @@ import types
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from importlib.util import find_spec
@@ -136,9 +136,9 @@ LOGGING_STEPS = 10  # optimizer steps between log lines
 SEED = 42  # of adapter, order and held-out pairs
 # ------------------------------------------------------------------------------------- end of edits
 # fmt: on
-CONSTANTS = {
-    name: value for name, value in globals().items() if name.isupper() and len(name) > 1
-}  # all of the above
+
+# all of the above, and what a user adds to them; F is torch.nn.functional
+CONSTANTS = {name: value for name, value in globals().items() if name.isupper() and name != "F"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1144,20 +1144,23 @@ def check_hub(name: str) -> None:
         datasets.config.HF_HUB_OFFLINE = True
 
 
+def hub_advice() -> str:
+    """What to do where a name cannot be read."""
+    if not huggingface_hub.is_offline_mode():
+        return "check the name and the network; a gated or private one needs `hf auth login`"
+    return (
+        f"{huggingface_hub.constants.ENDPOINT} cannot be reached; ways out: a mirror (`export "
+        "HF_ENDPOINT=https://hf-mirror.com`), or a local folder in place of the name"
+    )
+
+
 def explain_failure(name: str, error: Exception) -> str:
     """Why a source cannot be read, and what to do."""
     message = f"dataset_name={name} cannot be read: "
     path = Path(name)
     if path.exists():
         return message + (find_bad_row(path) or first_line(error.__cause__ or error))
-    message += first_line(error)
-    if huggingface_hub.is_offline_mode():
-        endpoint = huggingface_hub.constants.ENDPOINT
-        message += (
-            f"\n{endpoint} cannot be reached; ways out: a mirror (`export "
-            "HF_ENDPOINT=https://hf-mirror.com`), or a local file or folder as dataset_name"
-        )
-    return f"{message}\n{HUB_ADVICE}"
+    return f"{message}{first_line(error)}\n{hub_advice()}"
 
 
 def find_bad_row(path: Path) -> str:
@@ -1959,12 +1962,10 @@ class Start:
     tokenizer: PreTrainedTokenizerBase
     base_name: str  # hub name or folder of the base model
     base_revision: str | None
-    adapter: (
-        peft.PeftConfig | None
-    )  # of the SFT adapter, if the start is one: training continues it
-    reference: Literal[
-        "base", "adapter", "copy"
-    ]  # adapter switched off; frozen copy of it; a second model
+    # of the SFT adapter, if the start is one: training continues it
+    adapter: peft.PeftConfig | None
+    # the policy with its adapter switched off, a frozen copy of its adapter, or a second model
+    reference: Literal["base", "adapter", "copy"]
 
 
 def load_start(job: Job) -> Start:
@@ -1980,13 +1981,14 @@ def load_start(job: Job) -> Start:
     if adapter is not None:
         base_name = adapter.base_model_name_or_path
         base_revision = adapter.revision
+        check_hub(base_name)
     try:
         config = transformers.AutoConfig.from_pretrained(base_name, revision=base_revision)
     except (OSError, ValueError) as error:
         what = f"model_name_or_path={name}"
         if adapter is not None:
             what += f" is an adapter of base_model_name_or_path={base_name}, which"
-        raise UserError(f"{what} cannot be read: {first_line(error)}; {HUB_ADVICE}") from error
+        raise UserError(f"{what} cannot be read: {first_line(error)}; {hub_advice()}") from error
 
     if job.model_args.dtype == "auto":
         job.model_args.dtype = str(config.dtype or torch.float32).removeprefix("torch.")
@@ -2006,22 +2008,14 @@ def load_start(job: Job) -> Start:
         config, tokenizer, base_name, base_revision, adapter, choose_reference(job, adapter)
     )
     problems = [
+        *find_base_problems(job, config),
         *find_tokenizer_problems(start),
         *find_adapter_problems(job, start),
         *find_reference_problems(job, start),
     ]
-    positions = count_positions(config)
-    if job.training_args.max_length is not None and job.training_args.max_length > positions:
-        problems.append(
-            f"max_length={job.training_args.max_length}: {name} has positions for {positions} "
-            "tokens; lower it"
-        )
     if problems:
         raise UserError("\n".join(problems))
     return start
-
-
-HUB_ADVICE = "check the name and the network; a gated or private one needs `hf auth login`"
 
 
 def first_line(error: Exception) -> str:
@@ -2051,6 +2045,24 @@ def choose_reference(
     if asked == "adapter" or adapter is not None:
         return "adapter"
     return "base"
+
+
+def find_base_problems(job: Job, config: transformers.PretrainedConfig) -> list[str]:
+    """A base that the settings ask too much of."""
+    problems = []
+    max_length = job.training_args.max_length
+    positions = count_positions(config)
+    if max_length is not None and max_length > positions:
+        name = job.model_args.model_name_or_path
+        problems.append(
+            f"max_length={max_length}: {name} has positions for {positions} tokens; lower it"
+        )
+    if job.settings.merge and getattr(config, "quantization_config", None) is not None:
+        problems.append(
+            "merge=true: the base is quantised already, and an adapter cannot be merged into it; "
+            "leave it out, or start from the base as it was before"
+        )
+    return problems
 
 
 def find_tokenizer_problems(start: Start) -> list[str]:
@@ -2083,7 +2095,7 @@ def find_adapter_problems(job: Job, start: Start) -> list[str]:
         if job.settings.reference == "adapter":
             return [f"reference=adapter: {name} is no adapter; leave `reference` out"]
         return []
-    problems = []
+    problems = take_adapter_shape(job, start.adapter)
     if start.adapter.is_prompt_learning:
         problems.append(f"{name} is a prompt-learning adapter; start from its base, or from a LoRA")
     trains_more_modules = getattr(start.adapter, "modules_to_save", None)
@@ -2092,6 +2104,38 @@ def find_adapter_problems(job: Job, start: Start) -> list[str]:
             f"{name} also holds whole modules ({', '.join(trains_more_modules)}), of which no "
             "frozen copy can be made; merge it into its base and start from the merged model"
         )
+    return problems
+
+
+ADAPTER_SHAPE = {  # settings that make a fresh adapter, and what a starting one calls them
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_target_modules": "target_modules",
+    "use_dora": "use_dora",
+    "use_rslora": "use_rslora",
+}
+
+
+def take_adapter_shape(job: Job, adapter: peft.PeftConfig) -> list[str]:
+    """The starting adapter's own shape takes the place of the constants and defaults; a file or a
+    flag that says otherwise is a problem.
+    """
+    problems = []
+    for name, own_name in ADAPTER_SHAPE.items():
+        own = getattr(adapter, own_name, None)
+        if own is None:  # of another kind than LoRA
+            continue
+        if isinstance(own, set):
+            own = sorted(own)
+        given = getattr(job.model_args, name)
+        is_same = given == own or (isinstance(given, list) and sorted(given) == own)
+        layer = job.layers.get(name, "constant")
+        if not is_same and not layer.startswith("constant"):
+            problems.append(
+                f"{layer}, {name}={given}: the starting adapter has {own}; leave it out, or merge "
+                "the adapter and start from the merged model"
+            )
+        setattr(job.model_args, name, own)
     return problems
 
 
@@ -2106,7 +2150,9 @@ def find_reference_problems(job: Job, start: Start) -> list[str]:
         config = transformers.AutoConfig.from_pretrained(base)
         tokenizer = AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError) as error:
-        return [f"ref_model_name_or_path={name}: cannot be read: {first_line(error)}; {HUB_ADVICE}"]
+        return [
+            f"ref_model_name_or_path={name}: cannot be read: {first_line(error)}; {hub_advice()}"
+        ]
     same_vocabulary = (
         config.get_text_config().vocab_size == start.config.get_text_config().vocab_size
     )
@@ -2176,7 +2222,7 @@ def load_causal_lm(
             **options,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{name} cannot be loaded: {first_line(error)}; {HUB_ADVICE}") from error
+        raise UserError(f"{name} cannot be loaded: {first_line(error)}; {hub_advice()}") from error
     refuse_misfits(name, found["missing_keys"], found["unexpected_keys"])
     return model
 
@@ -2285,7 +2331,7 @@ def build_trainer(
 
     if sharing.is_used:
         sharing = share_where_proven(models, job, start, preferences)
-        say(f"prefixes   {sharing.line}")
+        say(*wrap("weights", f"loaded; prefixes {sharing.line}"))
     collator_class = DataCollatorForPreference
     if sharing.is_used:
         collator_class = SharedPrefixCollator
@@ -2294,9 +2340,8 @@ def build_trainer(
         model=policy,
         # None: the policy itself, with its adapter switched off or as it was at the start
         ref_model=reference,
-        args=prepare_for_trainer(
-            job, preferences
-        ),  # a DPOConfig: beta, loss_type, bf16, gradient_checkpointing, ...
+        # a DPOConfig: beta, loss_type, bf16, gradient_checkpointing, ...
+        args=prepare_for_trainer(job, preferences),
         train_dataset=preferences.train,
         eval_dataset=preferences.held_out,
         processing_class=start.tokenizer,
@@ -2406,6 +2451,26 @@ def deal_pairs(pairs: np.ndarray, tokens: np.ndarray, passes: int) -> list[list[
     return dealt
 
 
+PAIR_SCORES = (
+    "loss",
+    "chosen_logps",
+    "rejected_logps",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+    "chosen_tokens",
+    "rejected_tokens",
+)  # columns of what an evaluation returns
+
+
+def replay(output: transformers.utils.ModelOutput) -> Callable:
+    """A stand-in for a model that has run: TRL's functions take a model, not its output."""
+
+    def already_run(**_: Any) -> transformers.utils.ModelOutput:
+        return output
+
+    return already_run
+
+
 class PreferenceTrainer(DPOTrainer):
     """trl.DPOTrainer on tokenised pairs, with a reference free of noise and an evaluation that
     is exact.
@@ -2489,7 +2554,7 @@ class PreferenceTrainer(DPOTrainer):
         return (
             f"the {what} is not finite at step {self.state.global_step + 1}, the last checkpoint "
             f"is kept: lower learning_rate ({self.args.learning_rate:g}), raise beta, or use bf16, "
-            "not fp16"
+            "not fp16; with `--overwrite true`, as that is another run"
         )
 
     @torch.no_grad()
@@ -2512,11 +2577,9 @@ class PreferenceTrainer(DPOTrainer):
         with self.compute_loss_context_manager():
             output = model(**for_the_model, labels=labels, use_cache=False, fused_lm_head=True)
 
-        def already_run(**_: Any) -> transformers.utils.ModelOutput:
-            return output
-
-        # the sums over an answer's tokens, by TRL, which knows ld_alpha
-        chosen_logps, rejected_logps = super().compute_ref_log_probs(already_run, inputs)
+        # TRL's sums over an answer's tokens, which know ld_alpha. The function is named after the
+        # reference, but takes any model: here one that returns what the policy has just returned.
+        chosen_logps, rejected_logps = super().compute_ref_log_probs(replay(output), inputs)
         chosen_tokens, rejected_tokens = inputs["completion_mask"].sum(dim=1).chunk(2)
         columns = {
             "loss": self.score_losses(output, inputs),
@@ -2549,13 +2612,7 @@ class PreferenceTrainer(DPOTrainer):
                 "ref_chosen_logps": inputs["ref_chosen_logps"][pair : pair + 1],
                 "ref_rejected_logps": inputs["ref_rejected_logps"][pair : pair + 1],
             }
-
-            def already_run(
-                result: transformers.utils.ModelOutput = output_of_pair, **_: Any
-            ) -> Any:
-                return result
-
-            losses.append(super().compute_loss(already_run, inputs_of_pair))
+            losses.append(super().compute_loss(replay(output_of_pair), inputs_of_pair))
         self.aux_loss_enabled = had_router_loss
         # Private: TRL would log its means over batches under the names of ours. A test compares the
         # log with float64.
@@ -2577,17 +2634,6 @@ class PreferenceTrainer(DPOTrainer):
             policy = self.accelerator.unwrap_model(self.model)
             policy.save_pretrained(output_dir, state_dict=weights, selected_adapters=["default"])
             self.processing_class.save_pretrained(output_dir)
-
-
-PAIR_SCORES = (
-    "loss",
-    "chosen_logps",
-    "rejected_logps",
-    "ref_chosen_logps",
-    "ref_rejected_logps",
-    "chosen_tokens",
-    "rejected_tokens",
-)
 
 
 def average_pairs(scored: transformers.EvalPrediction, beta: float) -> dict[str, float]:
@@ -3849,7 +3895,10 @@ def save_report(trainer: PreferenceTrainer, job: Job, start: Start, report: Repo
         draw_rewards(trainer.state.log_history, name_run(job), folder / "rewards.png")
         summary = summarise(trainer, job, report)
         say("", *summary, "", f"written to {folder}:")
-        say("adapter, tokenizer, model card, rewards.png, samples.md, metrics.jsonl")
+        written = "adapter, tokenizer, model card, settings.yaml, metrics.jsonl, rewards.png"
+        if (folder / "samples.md").exists():
+            written += ", samples.md"
+        say(written)
         if not job.settings.merge:
             say("`--merge true` with the same command also writes the merged model")
         card = make_card(job, start, trainer.state.global_step, summary)
@@ -3940,7 +3989,7 @@ def make_card(job: Job, start: Start, steps: int, summary: list[str]) -> str:
 {summary_text}
 ```
 
-`settings.yaml` has every setting, `metrics.jsonl` every figure, `samples.md` answers.
+`settings.yaml` has every setting, `metrics.jsonl` every figure.
 """
 
 
@@ -4016,6 +4065,9 @@ def find_differences(job: Job, preferences: Preferences) -> list[str]:
     if not isinstance(there, dict):
         return [f"it holds files that are no run of this program, such as {sorted(names)[0]}"]
     here = yaml.safe_load(yaml.safe_dump(describe_run(job, preferences)))
+    if (folder / CARD).exists():  # how the model was split matters to checkpoints alone
+        for run_made in (there, here):
+            run_made.get("made_from", {}).pop("sharding", None)
     differences = []
     for name in sorted((there.keys() | here.keys()) - MAY_CHANGE):
         if there.get(name) != here.get(name):
@@ -4129,7 +4181,9 @@ class Keeper(TrainerCallback):
             os.write(2, b"\ndpotrainer: stopping after this step; again: at once, unsaved\n")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A checkpoint brings the eval_steps, logging_steps and save_steps of the run before."""
+        """Keep to this command's eval_steps, logging_steps and save_steps: a checkpoint brings
+        those of the command that wrote it.
+        """
         state.compute_steps(args, state.max_steps)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -4285,11 +4339,8 @@ def push_run(job: Job) -> None:
 
 
 MERGE_PAIRS = 8  # compared before and after
-MERGE_TOLERANCE = {
-    "float32": 1e-3,
-    "float16": 0.05,
-    "bfloat16": 0.1,
-}  # nats per token that rounding may cost
+# nats per token that rounding may cost
+MERGE_TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.1}
 
 
 @torch.no_grad()
@@ -4311,7 +4362,7 @@ def merge_adapter(job: Job, start: Start, preferences: Preferences) -> None:
     merged.save_pretrained(draft)
     start.tokenizer.save_pretrained(draft)
     del base, policy, merged
-    found = score_tokens(load_causal_lm(job, str(draft), None).eval(), pairs)
+    found = score_tokens(load_causal_lm(job, str(draft), None, quantize=False).eval(), pairs)
     gap = (found - expected).abs().mean().item()
     # not `>`: a gap may be nan
     if not gap <= MERGE_TOLERANCE.get(str(job.model_args.dtype), 0.1):
@@ -4769,6 +4820,17 @@ def attend_one_by_one(
 
 
 # -------------------------------------------------------------------------------------- the command
+OUT_OF_MEMORY = (
+    "out of GPU memory: halve per_device_train_batch_size (only aot, aot_unpaired and sft then "
+    "differ), turn gradient_checkpointing on; or, with `--overwrite true` as that is another run, "
+    "lower max_length or use configs/qwen3_8b_qlora.yaml"
+)
+DISK_FULL = (
+    "a file could not be written, older checkpoints are untouched: make room and run the same "
+    "command again"
+)
+
+
 def run(argv: list[str] | None = None) -> int:
     """`main`, its mistakes told in words. Returns the exit status: 0, 2 for a mistake, 128 plus the
     signal that stopped it, else 1.
@@ -4794,16 +4856,6 @@ def run(argv: list[str] | None = None) -> int:
             raise
         return tell(f"{DISK_FULL}\n  {first_line(error)}", 1)
     return 0
-
-
-OUT_OF_MEMORY = (
-    "out of GPU memory: halve per_device_train_batch_size (only aot, aot_unpaired and sft then "
-    "differ), turn gradient_checkpointing on, lower max_length, or use configs/qwen3_8b_qlora.yaml"
-)
-DISK_FULL = (
-    "a file could not be written, older checkpoints are untouched: make room and run the same "
-    "command again"
-)
 
 
 def is_disk_full(error: Exception) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import yaml
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -141,6 +142,29 @@ def test_an_sft_adapter_is_continued_and_is_the_reference(base, sft, merged_sft,
     close(outputs[0], outputs[2], 1e-5)
     check_evaluation(outputs[0], base, data, merged_sft)
     check_evaluation(outputs[2], base, data, merged_sft)
+
+
+def test_a_starting_adapter_keeps_its_own_shape(sft, train):
+    """Constants give way to it; a flag that says otherwise is refused; settings.yaml repeats the run."""
+    output, _ = train(sft, max_steps=1)
+    kept = yaml.safe_load((output / "settings.yaml").read_text())
+    assert (kept["lora_r"], kept["lora_alpha"]) == (3, 6)
+    assert any("q_proj" in name for name in kept["lora_target_modules"])
+    assert dpotrainer.run(["--config", str(output / "settings.yaml")]) == 0
+    wrong = {"lora_r": 8, "lora_alpha": 16, "lora_target_modules": ["q_proj"], "use_dora": True}
+    for name, value in wrong.items():
+        _, printed = train(sft, "refused", status=2, **{name: value})
+        assert f"flag --{name}, {name}=" in printed and "the starting adapter has" in printed
+    train(sft, "same", max_steps=1, lora_r=3, lora_alpha=6)
+
+
+def test_an_adapter_is_not_merged_into_a_quantised_base(base, train, tmp_path):
+    quantised = shutil.copytree(base, tmp_path / "quantised")
+    config = json.loads((quantised / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    (quantised / "config.json").write_text(json.dumps(config))
+    _, printed = train(quantised, status=2, merge=True)
+    assert "merge=true: the base is quantised already" in printed
 
 
 def test_an_adapter_without_a_tokenizer_takes_its_base_s(sft, data, train, tmp_path):

@@ -173,8 +173,11 @@ FAST = {
 
 def settings(model: Path, data: Path, output: Path, **changes) -> list[str]:
     """Flags of a run that takes seconds on a CPU, logs every step, saves and evaluates every fourth."""
+    fast = dict(FAST)
+    if (Path(model) / "adapter_config.json").exists():  # it has a shape of its own
+        del fast["lora_r"], fast["lora_alpha"]
     values = (
-        FAST | {"model_name_or_path": model, "dataset_name": data, "output_dir": output} | changes
+        fast | {"model_name_or_path": model, "dataset_name": data, "output_dir": output} | changes
     )
     flags = []
     for name, value in values.items():
