@@ -3894,11 +3894,10 @@ def save_report(trainer: PreferenceTrainer, job: Job, start: Start, report: Repo
         folder = Path(job.training_args.output_dir)
         draw_rewards(trainer.state.log_history, name_run(job), folder / "rewards.png")
         summary = summarise(trainer, job, report)
-        say("", *summary, "", f"written to {folder}:")
-        written = "adapter, tokenizer, model card, settings.yaml, metrics.jsonl, rewards.png"
+        written = "settings.yaml, metrics.jsonl, rewards.png"
         if (folder / "samples.md").exists():
             written += ", samples.md"
-        say(written)
+        say("", *summary, "", f"written to {folder}:", "adapter, tokenizer, model card,", written)
         if not job.settings.merge:
             say("`--merge true` with the same command also writes the merged model")
         card = make_card(job, start, trainer.state.global_step, summary)

@@ -1045,7 +1045,7 @@ def test_a_hub_that_does_not_answer_ends_in_ten_seconds_with_the_ways_out(silent
     with pytest.raises(dpotrainer.UserError) as error:
         load_file("organisation/pairs", tokenizer)
     assert time.monotonic() - started < 10
-    for words in ("organisation/pairs", "HF_ENDPOINT", "a local file or folder"):
+    for words in ("organisation/pairs", "HF_ENDPOINT", "a local folder"):
         assert words in str(error.value)
 
 
