@@ -66,7 +66,7 @@ from dataclasses import dataclass
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import accelerate
 import datasets
@@ -345,79 +345,45 @@ NEEDS = {  # settings that have no effect unless another one has this value
     "ref_model_name_or_path": ("reference", "copy"),
 }
 ABOVE_ZERO = (
-    "beta",
-    "learning_rate",
-    "num_train_epochs",
-    "logging_steps",
-    "eval_steps",
-    "save_steps",
-    "global_batch_size",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "lora_r",
-    "lora_alpha",
-    "max_length",
-    "early_stopping_patience",
-)
+    "beta learning_rate num_train_epochs logging_steps eval_steps save_steps global_batch_size "
+    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r "
+    "lora_alpha max_length early_stopping_patience"
+).split()
 NOT_NEGATIVE = (
-    "eval_pairs",
-    "sample_prompts",
-    "warmup_steps",
-    "max_grad_norm",
-    "seed",
-    "data_seed",
-    "weight_decay",
-)
-NAMES_ELSEWHERE = {  # what other trainers, and older versions of this one's libraries, call things
-    "base_model": "model_name_or_path",
-    "model": "model_name_or_path",
-    "model_name": "model_name_or_path",
-    "adapter_name_or_path": "model_name_or_path, which may be an adapter",
-    "model_init": "model_name_or_path",
-    "dataset": "dataset_name",
-    "lr": "learning_rate",
-    "lora_rank": "lora_r",
-    "lora_dim": "lora_r",
-    "r": "lora_r",
-    "lora_target": "lora_target_modules",
-    "target_modules": "lora_target_modules",
-    "modules_to_save": "lora_modules_to_save",
-    "cutoff_len": "max_length",
-    "sequence_len": "max_length",
-    "max_seq_length": "max_length",
-    "max_seq_len": "max_length",
-    "max_prompt_length": "max_length, which prompt and answer share",
-    "max_completion_length": "max_length, which prompt and answer share",
-    "max_target_length": "max_length, which prompt and answer share",
-    "torch_dtype": "dtype",
-    "quantization_bit": "load_in_4bit or load_in_8bit",
-    "flash_attn": "attn_implementation, or leave it to share_prefixes",
-    "no_cuda": "use_cpu",
-    "warmup_ratio": "warmup_steps: below 1 it is a share of all steps",
-    "evaluation_strategy": "eval_strategy",
-    "preprocessing_num_workers": "dataset_num_proc",
-    "overwrite_output_dir": "overwrite, which moves the old run aside",
-    "rpo_alpha": "loss_type: [sigmoid, sft] with loss_weights: [1.0, alpha]",
-    "pref_ftx": "loss_type: [sigmoid, sft] with loss_weights: [1.0, weight]",
-    "pref_beta": "beta",
-    "dpo_beta": "beta",
-    "rl_beta": "beta",
-    "pref_loss": "loss_type",
-    "template": "nothing: the tokenizer's own chat template is used",
-    "chat_template": "nothing: the tokenizer's own chat template is used",
-    "reference_free": "nothing: DPO needs a reference",
-    "generate_during_eval": "sample_prompts, answered at the end",
-    "group_by_length": "nothing: passes have alike many tokens as it is",
-    "micro_batch_size": "per_device_train_batch_size",
-    "batch_size": "global_batch_size or per_device_train_batch_size",
-    "num_epochs": "num_train_epochs",
-    "epochs": "num_train_epochs",
-    "val_set_size": "eval_pairs",
-    "val_size": "eval_pairs",
-    "lr_scheduler": "lr_scheduler_type",
-    "optimizer": "optim",
-    "wandb_project": "env: {WANDB_PROJECT: ...} in the file",
+    "eval_pairs sample_prompts warmup_steps max_grad_norm seed data_seed weight_decay"
+).split()
+INSTEAD = {  # what to use here: what other trainers, and older libraries, call it
+    "model_name_or_path": "base_model model model_name model_init adapter_name_or_path",
+    "dataset_name": "dataset",
+    "learning_rate": "lr",
+    "lora_r": "lora_rank lora_dim r",
+    "lora_target_modules": "lora_target target_modules",
+    "lora_modules_to_save": "modules_to_save",
+    "max_length": "cutoff_len sequence_len max_seq_length max_seq_len",
+    "max_length, which prompt and answer share": "max_prompt_length max_completion_length "
+    "max_target_length",
+    "dtype": "torch_dtype",
+    "load_in_4bit or load_in_8bit": "quantization_bit",
+    "attn_implementation, or leave it to share_prefixes": "flash_attn",
+    "use_cpu": "no_cuda",
+    "warmup_steps: below 1 it is a share of all steps": "warmup_ratio",
+    "eval_strategy": "evaluation_strategy",
+    "dataset_num_proc": "preprocessing_num_workers",
+    "overwrite, which moves the old run aside": "overwrite_output_dir",
+    "loss_type: [sigmoid, sft] with loss_weights: [1.0, alpha]": "rpo_alpha pref_ftx",
+    "beta": "pref_beta dpo_beta rl_beta",
+    "loss_type": "pref_loss",
+    "nothing: the tokenizer's own chat template is used": "template chat_template",
+    "nothing: DPO needs a reference": "reference_free",
+    "nothing: passes have alike many tokens as it is": "group_by_length",
+    "sample_prompts, answered at the end": "generate_during_eval",
+    "per_device_train_batch_size": "micro_batch_size",
+    "global_batch_size or per_device_train_batch_size": "batch_size",
+    "num_train_epochs": "num_epochs epochs",
+    "eval_pairs": "val_set_size val_size",
+    "lr_scheduler_type": "lr_scheduler",
+    "optim": "optimizer",
+    "env: {WANDB_PROJECT: ...} in the file": "wandb_project",
 }
 GIVES_WAY = {  # constants, and the settings that take their place
     "global_batch_size": "gradient_accumulation_steps",
@@ -432,32 +398,22 @@ PARTS = (Settings, ScriptArguments, ModelConfig, DPOConfig, DatasetMixtureConfig
 HINTS = {name: hint for part in PARTS for name, hint in get_type_hints(part).items()}
 
 
-class SettingsParser(trl.TrlParser):
-    """TRL's parser of flags, without abbreviations; raises what argparse would exit with."""
-
-    def __init__(self, parts: tuple = PARTS) -> None:
-        super().__init__(parts, allow_abbrev=False, add_help=False, prog="dpotrainer.py")
-        self.set_defaults_with_config(**OUR_DEFAULTS)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise UserError in place of 160 lines of usage."""
-        raise UserError(message)
-
-
 class Draft:
     """Settings by name as far as they are known, where each was given, and what is wrong."""
 
     def __init__(self) -> None:
-        self.parser = SettingsParser()
+        self.parser = trl.TrlParser(PARTS, add_help=False, prog="dpotrainer.py")
+        self.parser.set_defaults_with_config(**OUR_DEFAULTS)
         self.defaults = vars(self.parser.parse_args([]))
         self.values = dict(self.defaults)
         self.layers: dict[str, str] = {}
         self.problems: list[str] = []
 
     def take(self, name: str, value: Any, layer: str) -> None:
-        """Set a value of a constant or a file, or note what is wrong with it."""
+        """Set a value, or note what is wrong with it."""
         if name not in HINTS:
-            self.problems.append(f"{layer}, {name}: {explain_unknown(name)}")
+            where = layer if layer.startswith("flag") else f"{layer}, {name}"
+            self.problems.append(f"{where}: {explain_unknown(name)}")
             return
         name = SAME.get(name, name)
         try:
@@ -465,29 +421,6 @@ class Draft:
         except (TypeError, ValueError) as error:
             self.problems.append(f"{layer}, {show(name, value)}: {error}")
         self.layers[name] = layer
-
-    def take_flag(self, words: list[str]) -> None:
-        """Set the value of a flag, given with the words after it, or note what is wrong with it."""
-        flag = words[0].partition("=")[0]
-        name = flag.removeprefix("--").replace("-", "_")
-        if name not in HINTS and name.startswith("no_"):
-            name = name.removeprefix("no_")
-        if name not in HINTS or not flag.startswith("--"):
-            self.problems.append(f"flag {flag}: {explain_unknown(flag)}")
-            return
-        try:
-            parsed, more = self.parser.parse_known_args(words)
-        except UserError as error:
-            self.problems.append(f"flag {flag}: {str(error).partition(': ')[2]}")
-            return
-        value = getattr(parsed, name)
-        if more and list in split_hint(HINTS[name]):  # such as `--report_to tensorboard wandb`
-            value = [value, *more]
-        elif more:
-            self.problems.append(f"flag {flag}: takes one value, {len(words) - 1} are there")
-        name = SAME.get(name, name)
-        self.values[name] = value
-        self.layers[name] = f"flag {flag}"
 
     def is_constant(self, name: str) -> bool:
         """Whether neither a file nor a flag gave this setting."""
@@ -578,22 +511,40 @@ def take_constants(draft: Draft) -> None:
 
 def take_file_and_flags(draft: Draft, words: list[str]) -> None:
     """The file after --config, then each flag with the words that belong to it."""
-    parser = SettingsParser(())
-    parser.add_argument("--config")
-    try:
-        known, words = parser.parse_known_args(words)
-    except UserError as error:
-        raise UserError(f"{error}: a file, such as configs/qwen3_8b_lora.yaml") from None
-    if known.config is not None:
-        take_file(draft, known.config)
-
     flags = []
     for word in words:
         if re.match("--|-[a-z]", word) or not flags:
-            flags.append([])
-        flags[-1].append(word)
-    for flag in flags:
-        draft.take_flag(flag)
+            flag, equals, value = word.partition("=")
+            flags.append((flag, [value] if equals else []))
+        else:
+            flags[-1][1].append(word)
+
+    for flag, given in flags:
+        if flag != "--config":
+            continue
+        if len(given) != 1:
+            raise UserError("--config: give one file, such as configs/qwen3_8b_lora.yaml")
+        take_file(draft, given[0])
+    for flag, given in flags:
+        if flag != "--config":
+            take_flag(draft, flag, given)
+
+
+def take_flag(draft: Draft, flag: str, given: list[str]) -> None:
+    """A flag with its words: one is a value, several are a list, and none is `true`."""
+    name = flag.removeprefix("--").replace("-", "_")
+    value = given
+    if not given:
+        value = True
+    elif len(given) == 1:
+        value = given[0]
+    if name not in HINTS and name.removeprefix("no_") in HINTS:
+        name = name.removeprefix("no_")
+        value = False
+    if not flag.startswith("--"):
+        draft.problems.append(f"flag {flag}: {explain_unknown(flag)}")
+    else:
+        draft.take(name, value, f"flag {flag}")
 
 
 def take_file(draft: Draft, path: str) -> None:
@@ -637,11 +588,15 @@ def split_hint(hint: Any) -> dict[Any, tuple]:
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """A value of YAML or of a constant as the type of its setting; ValueError where it is another.
+    """A value of a constant, a file or a flag as the type of its setting; ValueError where it is
+    another.
 
-    YAML reads 5e-6 as a text, and `no` as false; one value may stand for a list of one.
+    A flag's is a text, and is read as YAML where the setting is none. YAML reads 5e-6 as a text,
+    and `no` as false; one value may stand for a list of one.
     """
     kinds = split_hint(hint)
+    if isinstance(value, str) and str not in kinds:
+        value = read_yaml(value)
     is_number = isinstance(value, (int, float, str)) and not isinstance(value, bool)
     if isinstance(value, list) and list in kinds:
         return [convert(item, kinds[list][0]) for item in value]
@@ -656,6 +611,14 @@ def convert(value: Any, hint: Any) -> Any:
     if list in kinds and value is not None:
         return [convert(value, kinds[list][0])]
     raise ValueError(f"must be {describe_kinds(kinds)}")
+
+
+def read_yaml(text: str) -> Any:
+    """What a text means as YAML; the text itself where it means nothing."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def convert_number(value: int | float | str, is_whole: bool) -> int | float:
@@ -686,8 +649,9 @@ def describe_kinds(kinds: dict[Any, tuple]) -> str:
 def explain_unknown(name: str) -> str:
     """Why a name is refused, and what was meant, where that is clear."""
     name = name.removeprefix("--").replace("-", "_")
-    if name in NAMES_ELSEWHERE:
-        return f"is not a setting here; use {NAMES_ELSEWHERE[name]}"
+    for instead, names_elsewhere in INSTEAD.items():
+        if name in names_elsewhere.split():
+            return f"is not a setting here; use {instead}"
     close = difflib.get_close_matches(name, HINTS, n=1, cutoff=0.75)
     if close:
         return f"is not a setting; did you mean {close[0]}?"
@@ -723,10 +687,7 @@ def unpack_mappings(draft: Draft) -> None:
         is_mapping = dict in split_hint(HINTS[name]) and name not in UNSUPPORTED
         if not is_mapping or not isinstance(value, str):
             continue
-        try:
-            unpacked = yaml.safe_load(value)
-        except yaml.YAMLError:
-            unpacked = None
+        unpacked = read_yaml(value)
         if isinstance(unpacked, dict):
             draft.values[name] = unpacked
         else:
@@ -867,7 +828,9 @@ def check_packages(draft: Draft) -> None:
         for name in ("load_in_4bit", "load_in_8bit", "optim"):
             if re.search("True|bnb|paged|lion|ademamix|8bit", str(values[name])):
                 draft.refuse(name, "needs `pip install bitsandbytes`")
-    trackers = convert(values["report_to"], list[str])
+    trackers = values["report_to"]
+    if isinstance(trackers, str):
+        trackers = [trackers]
     installed = get_available_reporting_integrations()
     for tracker in sorted(set(trackers) - {"all", "none", *installed}):
         draft.refuse("report_to", f"{tracker} is not installed; `pip install {tracker}`")

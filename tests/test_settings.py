@@ -241,8 +241,8 @@ def test_names_of_other_trainers_are_known(theirs, ours, tmp_path, refuse):
 
 
 def test_no_name_of_another_trainer_is_a_setting():
-    assert not dpotrainer.NAMES_ELSEWHERE.keys() & dpotrainer.HINTS.keys()
-    for advice in dpotrainer.NAMES_ELSEWHERE.values():
+    for advice, theirs in dpotrainer.INSTEAD.items():
+        assert not set(theirs.split()) & dpotrainer.HINTS.keys()
         name = re.match(r"\w+", advice)[0]
         assert name in {*dpotrainer.HINTS, "nothing", "env"}, advice
 
