@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 import tiny
@@ -163,6 +164,35 @@ def test_the_columns_of_the_readme_are_read(model, tmp_path):
     job = read(model, *flags)
     preferences = dpotrainer.load_preferences(job, dpotrainer.load_start(job).tokenizer)
     assert len(preferences.held_out) == 4 and len(preferences.train) == len(tiny.WORDS) - 4
+
+
+def test_the_code_that_makes_pairs_of_other_rows_makes_all_of_them(tmp_path, monkeypatch):
+    """Several rejected answers in a row, and a column that names the winner."""
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", section("Your own data"), flags=re.DOTALL)
+    question = [{"role": "user", "content": "为什么?"}]
+    many = [
+        {"prompt": question, "chosen": "a", "rejected": ["b", "c"]},
+        {"prompt": question, "chosen": "d", "rejected": ["e"]},
+    ]
+    battles = [
+        {"prompt": "q", "response_a": "x", "response_b": "y", "winner": "b"},
+        {"prompt": "q", "response_a": "x", "response_b": "y", "winner": "tie"},
+    ]
+    names = {}
+    for path, rows in (("many.jsonl", many), ("battles.jsonl", battles)):
+        Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+    exec(compile(blocks[0], "README.md", "exec"), names)
+    made = tiny.read_pairs("pairs.jsonl")
+    assert [(row["chosen"], row["rejected"]) for row in made] == [
+        ("a", "b"),
+        ("a", "c"),
+        ("d", "e"),
+    ]
+    assert all(row["prompt"] == question for row in made)
+    exec(compile(blocks[1], "README.md", "exec"), names)
+    assert tiny.read_pairs("pairs.jsonl") == [{"prompt": "q", "chosen": "y", "rejected": "x"}]
 
 
 def test_an_sft_adapter_is_merged_by_the_code_of_the_readme(model, tmp_path, monkeypatch):
