@@ -3680,41 +3680,43 @@ def show_samples(trainer: PreferenceTrainer, job: Job, report: Report) -> None:
     if not is_main_process():
         return
     pairs = trainer.eval_dataset[: job.settings.sample_prompts]
+    prompts = pairs["prompt_ids"]
     policy = trainer.model.eval()
-    config = make_generation_config(trainer, pairs["prompt_ids"])
+    config = make_generation_config(trainer, prompts)
     reference_adapter = "ref" if "ref" in policy.peft_config else None
     try:
         with use_adapter(policy, reference_adapter):
             reference = trainer.ref_model or policy
-            reference_answers = generate_answers(trainer, reference, config, pairs["prompt_ids"])
-        policy_answers = generate_answers(trainer, policy, config, pairs["prompt_ids"])
+            of_reference = generate_answers(trainer, reference, config, prompts)
+        of_policy = generate_answers(trainer, policy, config, prompts)
     except (ValueError, torch.OutOfMemoryError) as error:
         say(f"! no samples, the model could not generate: {first_line(error)}")
         return
 
     tokenizer = trainer.processing_class
-    found = find_answer_advice(
-        policy_answers, reference_answers, pairs["chosen_ids"], config, tokenizer
-    )
-    report.advice |= found
+    advice = find_answer_advice(of_policy, of_reference, pairs["chosen_ids"], config, tokenizer)
+    report.advice |= advice
     how = f"{config.max_new_tokens} tokens at most, greedy"
     if config.do_sample:
         how = f"{config.max_new_tokens} tokens at most, sampled as the model's own settings say"
-    say("", f"answers to held-out prompts; all {len(policy_answers)} in samples.md", how)
-    text = [f"# Held-out prompts, answered by reference and policy\n\n{how}\n"]
-    text += [f"\n{line}\n" for line in found.values()]
-    for number, prompt in enumerate(pairs["prompt_ids"]):
-        answers = {"reference": reference_answers[number], "policy": policy_answers[number]}
+    say("", f"answers to held-out prompts; all {len(prompts)} in samples.md", how)
+    parts = [f"# Held-out prompts, answered by reference and policy\n\n{how}\n"]
+    parts += [f"\n{line}\n" for line in advice.values()]
+    for number, prompt in enumerate(prompts):
         question = decode(tokenizer, prompt)
-        text.append(f"\n## {number + 1}\n\n{FENCE}text\n{question}\n{FENCE}\n")
-        lines = ["", shorten(f"prompt     {question[-50:].strip()}")]
-        for name, ids in answers.items():
-            answer = decode(tokenizer, ids)
-            text.append(f"\n**{name}**, {len(ids)} tokens\n\n{FENCE}text\n{answer}\n{FENCE}\n")
-            lines.append(shorten(f"{name:<11}{answer}"))
+        by_reference = decode(tokenizer, of_reference[number])
+        by_policy = decode(tokenizer, of_policy[number])
+        parts += [
+            f"\n## {number + 1}\n\n{FENCE}text\n{question}\n{FENCE}\n",
+            f"\n**reference**, {len(of_reference[number])} tokens\n",
+            f"\n{FENCE}text\n{by_reference}\n{FENCE}\n",
+            f"\n**policy**, {len(of_policy[number])} tokens\n",
+            f"\n{FENCE}text\n{by_policy}\n{FENCE}\n",
+        ]
         if number < 3:
-            say(*lines)
-    write_file(Path(job.training_args.output_dir, "samples.md"), "".join(text).encode())
+            say("", shorten(f"prompt     {question[-50:].strip()}"))
+            say(shorten(f"reference  {by_reference}"), shorten(f"policy     {by_policy}"))
+    write_file(Path(job.training_args.output_dir, "samples.md"), "".join(parts).encode())
 
 
 def make_generation_config(
