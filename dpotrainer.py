@@ -4807,22 +4807,37 @@ def run(argv: list[str] | None = None) -> int:
         huggingface_hub.utils.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.register_at_fork(after_in_child=leave_interrupts_to_parent)
     try:
         main(argv)
     except UserError as error:
         return tell(str(error), error.status)
-    except KeyboardInterrupt:
-        return tell("interrupted; the same command goes on from where output_dir stands", 130)
     except torch.OutOfMemoryError as error:
         return tell(f"{OUT_OF_MEMORY}\n  {first_line(error)}", 1)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if was_interrupted(error):
+            return tell("interrupted; the same command goes on from where output_dir stands", 130)
         if not is_disk_full(error):
             raise
         return tell(f"{DISK_FULL}\n  {first_line(error)}", 1)
     return 0
 
 
-def is_disk_full(error: Exception) -> bool:
+def leave_interrupts_to_parent() -> None:
+    """In a worker process: Ctrl-C reaches it too, and its parent decides what comes of that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def was_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: `datasets` fails while it clears its workers away."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__context__
+    return False
+
+
+def is_disk_full(error: BaseException) -> bool:
     """Whether a file could not be written for want of room; torch.save and safetensors have
     classes of their own.
     """

@@ -508,6 +508,29 @@ def test_a_signal_when_training_is_over_stops_and_the_same_command_finishes(
     same_result(tmp_path / "out", finished[0])
 
 
+def interrupt_while_workers_read(program):
+    """Ctrl-C reaches all processes of a terminal: those that prepare the pairs, and their parent."""
+    parent = os.getpid()
+    prepare = program.PairPreparer.__call__
+
+    def interrupted(self, *args):
+        if os.getpid() != parent:
+            time.sleep(1)  # until the parent waits for them
+            os.kill(parent, signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(2)
+        return prepare(self, *args)
+
+    program.PairPreparer.__call__ = interrupted
+
+
+def test_an_interruption_while_workers_tokenize_ends_without_a_traceback(run, tmp_path):
+    # a max_length of its own: what was prepared before would be taken from the cache
+    printed = run(interrupt_while_workers_read, status=130, dataset_num_proc=2, max_length=93)
+    assert "interrupted; the same command goes on" in printed and "Traceback" not in printed
+    assert not (tmp_path / "out").exists()
+
+
 def test_resuming_is_exact_with_dropout_accumulation_and_epochs(run, tmp_path):
     """Interrupted twice, before and in the second epoch; the interruption's checkpoint has a log line of its own."""
     settings = {
