@@ -243,7 +243,9 @@ class Job(NamedTuple):
     training_args: DPOConfig
     mixture_args: DatasetMixtureConfig
     remarks: list[str]  # that this machine has no GPU, where a dry run only says so
-    layers: dict[str, str]  # setting: where it was given: "constant BETA", a file, "flag --beta"
+    layers: dict[
+        str, str
+    ]  # setting: where it was given: "constant BETA", "file my.yaml", "flag --beta"
 
 
 CONSTANT_NAMES = {  # constants of the file, and the settings that they are
@@ -412,7 +414,7 @@ class Draft:
     def take(self, name: str, value: Any, layer: str) -> None:
         """Set a value, or note what is wrong with it."""
         if name not in HINTS:
-            where = layer if layer.startswith("flag") else f"{layer}, {name}"
+            where = layer if layer.startswith("flag ") else f"{layer}, {name}"
             self.problems.append(f"{where}: {explain_unknown(name)}")
             return
         name = SAME.get(name, name)
@@ -424,7 +426,7 @@ class Draft:
 
     def is_constant(self, name: str) -> bool:
         """Whether neither a file nor a flag gave this setting."""
-        return self.layers.get(name, "constant").startswith("constant")
+        return self.layers.get(name, "constant ").startswith("constant ")
 
     def refuse(self, name: str, reason: str) -> None:
         """Note what is wrong with the value of a setting."""
@@ -469,34 +471,19 @@ def read_settings(argv: list[str] | None) -> Job:
     remarks = check_gpu(draft)
     if draft.problems:
         raise UserError("\n".join(draft.problems))
-    return finish(draft, remarks)
+    return make_job(draft, remarks)
 
 
-def finish(draft: Draft, remarks: list[str]) -> Job:
-    """The five objects of a job; what a library finds wrong with its own is a UserError too."""
+def make_job(draft: Draft, remarks: list[str]) -> Job:
+    """The settings as objects of their classes; what one of these finds wrong is a UserError."""
     # `accelerate launch` sets it from its file, and autocast would be on although bf16 is false
     if not draft.values["bf16"] and not draft.values["fp16"]:
         os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     try:
-        # beta, loss_type, max_length, learning_rate, bf16, gradient_checkpointing and 140 more
-        training_args = DPOConfig(**pick(draft, DPOConfig))
-        return Job(
-            Settings(**pick(draft, Settings)),
-            ScriptArguments(**pick(draft, ScriptArguments)),
-            ModelConfig(**pick(draft, ModelConfig)),
-            training_args,
-            DatasetMixtureConfig(**pick(draft, DatasetMixtureConfig)),
-            remarks,
-            draft.layers,
-        )
+        # DPOConfig(beta=..., loss_type=..., bf16=..., gradient_checkpointing=..., ...) among them
+        return Job(*draft.parser.parse_dict(draft.values), remarks, draft.layers)
     except (ValueError, ImportError) as error:
         raise UserError(f"settings: {error}") from error
-
-
-def pick(draft: Draft, part: type) -> dict[str, Any]:
-    """The values of one of the five parts."""
-    fields = dataclasses.fields(part)
-    return {field.name: draft.values[field.name] for field in fields if field.init}
 
 
 def take_constants(draft: Draft) -> None:
@@ -520,11 +507,10 @@ def take_file_and_flags(draft: Draft, words: list[str]) -> None:
             flags[-1][1].append(word)
 
     for flag, given in flags:
-        if flag != "--config":
-            continue
-        if len(given) != 1:
+        if flag == "--config" and len(given) != 1:
             raise UserError("--config: give one file, such as configs/qwen3_8b_lora.yaml")
-        take_file(draft, given[0])
+        if flag == "--config":
+            take_file(draft, given[0])
     for flag, given in flags:
         if flag != "--config":
             take_flag(draft, flag, given)
@@ -533,18 +519,20 @@ def take_file_and_flags(draft: Draft, words: list[str]) -> None:
 def take_flag(draft: Draft, flag: str, given: list[str]) -> None:
     """A flag with its words: one is a value, several are a list, and none is `true`."""
     name = flag.removeprefix("--").replace("-", "_")
-    value = given
-    if not given:
-        value = True
-    elif len(given) == 1:
-        value = given[0]
-    if name not in HINTS and name.removeprefix("no_") in HINTS:
-        name = name.removeprefix("no_")
-        value = False
+    layer = f"flag {flag}"
+    positive = name.removeprefix("no_")
     if not flag.startswith("--"):
-        draft.problems.append(f"flag {flag}: {explain_unknown(flag)}")
+        draft.problems.append(f"{layer}: {explain_unknown(flag)}")
+    elif name not in HINTS and positive in HINTS and given:
+        draft.problems.append(f"{layer}: takes no value; it is `--{positive} false`")
+    elif name not in HINTS and positive in HINTS:
+        draft.take(positive, False, layer)
+    elif not given:
+        draft.take(name, True, layer)
+    elif len(given) == 1:
+        draft.take(name, given[0], layer)
     else:
-        draft.take(name, value, f"flag {flag}")
+        draft.take(name, given, layer)
 
 
 def take_file(draft: Draft, path: str) -> None:
@@ -564,10 +552,10 @@ def take_file(draft: Draft, path: str) -> None:
     if isinstance(variables, dict):
         set_environment(variables)
     else:
-        draft.problems.append(f"{path}, env: must hold lines such as `WANDB_PROJECT: dpo`")
+        draft.problems.append(f"file {path}, env: must hold lines such as `WANDB_PROJECT: dpo`")
     content.pop("made_from", None)  # of settings.yaml: what a run was made from
     for name, value in content.items():
-        draft.take(str(name), value, path)
+        draft.take(str(name), value, f"file {path}")
 
 
 def set_environment(variables: dict) -> None:
@@ -758,6 +746,8 @@ def check_support(draft: Draft) -> None:
             is_used = needed in values[other]
         if is_given and not is_used:
             draft.refuse(name, f"has no effect; add `{other}: {json.dumps(needed)}`")
+    if values["hub_strategy"] in ("checkpoint", "all_checkpoints"):
+        draft.refuse("hub_strategy", "the run is uploaded once, at its end; leave it out")
 
 
 SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}  # losses that know label_smoothing
@@ -776,8 +766,6 @@ def check_combinations(draft: Draft) -> None:
         draft.refuse("test_split_size", "is for `datasets:`; use eval_pairs")
     if values["save_total_limit"] is not None and values["save_total_limit"] < 2:
         draft.refuse("save_total_limit", "must be 2 or more: a kill may break the newest one")
-    if values["hub_strategy"] in ("checkpoint", "all_checkpoints"):
-        draft.refuse("hub_strategy", "the run is uploaded once, at its end; leave it out")
     # true is what happens anyway
     if str(values["resume_from_checkpoint"]).lower() not in ("none", "true"):
         draft.refuse(
@@ -786,10 +774,11 @@ def check_combinations(draft: Draft) -> None:
             "another output_dir",
         )
     values["resume_from_checkpoint"] = None
-    if values["precompute_ref_log_probs"] and is_sharded():
-        draft.refuse(
-            "precompute_ref_log_probs", "needs a model in one piece, and the launcher shards it"
-        )
+    for name in ("precompute_ref_log_probs", "merge"):
+        if values[name] and is_sharded():
+            draft.refuse(
+                name, "needs a model in one piece, and the launcher shards it; leave it out"
+            )
 
 
 def derive_batch(draft: Draft) -> None:
@@ -845,6 +834,7 @@ def check_gpu(draft: Draft) -> list[str]:
         lacking = explain_missing_gpu()
         if values["dry_run"]:
             values["use_cpu"] = True
+            values["tf32"] = None
             return [lacking]
         draft.problems.append(lacking)
         return []
@@ -2092,8 +2082,8 @@ def take_adapter_shape(job: Job, adapter: peft.PeftConfig) -> list[str]:
             own = sorted(own)
         given = getattr(job.model_args, name)
         is_same = given == own or (isinstance(given, list) and sorted(given) == own)
-        layer = job.layers.get(name, "constant")
-        if not is_same and not layer.startswith("constant"):
+        layer = job.layers.get(name, "constant ")
+        if not is_same and not layer.startswith("constant "):
             problems.append(
                 f"{layer}, {name}={given}: the starting adapter has {own}; leave it out, or merge "
                 "the adapter and start from the merged model"
@@ -3317,7 +3307,7 @@ def find_suspects(message: str, job: Job) -> str:
     for place in ("model_name_or_path", "ref_model_name_or_path", "dataset_name", "output_dir"):
         values.pop(place, None)
     names = [name for name in job.layers if name in values]
-    given = [name for name in names if not job.layers[name].startswith("constant")]
+    given = [name for name in names if not job.layers[name].startswith("constant ")]
     meant = []
     for name in names:
         has_end = any(len(word) > 7 and name.endswith(word) for word in words)
@@ -3943,7 +3933,7 @@ def make_card(job: Job, start: Start, steps: int, summary: list[str]) -> str:
 
 {origin}, trained by Direct Preference Optimization (arXiv 2305.18290) on {links}.
 
-{CARD_CODE.format(name=args.hub_model_id or args.output_dir, batch=batch)}
+{CARD_CODE.format(name=args.output_dir, batch=batch)}
 
 {how}
 
@@ -3967,15 +3957,20 @@ def link_to(name: str, kind: str = "") -> str:
 # ------------------------------------------------------------------------------------------ the run
 MANIFEST = "manifest.json"  # in each whole checkpoint, written last: the digests of its files
 CARD = "README.md"  # the model card, written last: it marks a finished run
-# Settings in which a run and its continuation may differ. With aot and sft the batch per device
-# changes the result.
+# Settings in which a run and its continuation may differ: they change where, how fast and how
+# often, not what. With aot and sft the batch per device changes the result.
 MAY_CHANGE = set(
-    "output_dir overwrite dry_run merge sample_prompts share_prefixes use_cpu torch_compile "
-    "gradient_checkpointing gradient_checkpointing_kwargs precompute_ref_log_probs "
-    "precompute_ref_batch_size per_device_train_batch_size per_device_eval_batch_size "
-    "gradient_accumulation_steps eval_steps logging_steps save_steps save_total_limit report_to "
-    "run_name project disable_tqdm ddp_timeout dataset_num_proc dataloader_num_workers "
-    "push_to_hub hub_model_id".split()
+    "output_dir merge sample_prompts share_prefixes use_cpu tf32 torch_compile "
+    "torch_compile_backend torch_compile_mode torch_empty_cache_steps gradient_checkpointing "
+    "gradient_checkpointing_kwargs activation_offloading precompute_ref_log_probs "
+    "precompute_ref_batch_size "
+    "per_device_train_batch_size per_device_eval_batch_size eval_accumulation_steps eval_steps "
+    "logging_steps save_steps save_total_limit report_to run_name project trackio_space_id "
+    "trackio_bucket_id trackio_static_space_id disable_tqdm log_level log_level_replica "
+    "log_on_each_node skip_memory_metrics ddp_timeout ddp_backend ddp_bucket_cap_mb "
+    "ddp_broadcast_buffers ddp_static_graph dataset_num_proc dataloader_num_workers "
+    "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor push_to_hub "
+    "hub_model_id hub_private_repo hub_revision".split()
 )
 
 
@@ -4187,13 +4182,14 @@ class Keeper(TrainerCallback):
         control.should_save = False  # this is the save
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End the program with the signal's status: the checkpoint is there."""
+        """End the program with the signal's status."""
         self.stop_if_asked(control)
-        if self.heard is not None:
-            raise UserError(
-                f"saved at step {state.global_step}; the same command continues",
-                status=128 + self.heard,
-            )
+        if self.heard is None:
+            return
+        told = f"saved at step {state.global_step}"
+        if not Path(args.output_dir, f"checkpoint-{state.global_step}").exists():
+            told = "stopped in the last evaluation, which nothing saves"
+        raise UserError(f"{told}; the same command continues", status=128 + self.heard)
 
     def stop_if_asked(self, control: transformers.TrainerControl) -> None:
         """Save and stop if any process has heard a signal: not all do, or not at the same step."""
@@ -4210,10 +4206,21 @@ def train_policy(trainer: PreferenceTrainer, job: Job, preferences: Preferences)
     checkpoint = find_checkpoint(trainer)
     if trainer.is_world_process_zero():
         write_settings(job, preferences)  # from here on, the folder is this run's
-    if load_trained(trainer, checkpoint):
-        return Report(trainer, job)
-
+    is_trained = load_trained(trainer, checkpoint)
     report = Report(trainer, job)
+    if is_trained:
+        report.advise(trainer.state, trainer.control)  # a run that was stopped stays so
+    else:
+        train_from(checkpoint, trainer, job, report)
+    if report.stopped is not None:
+        raise UserError(report.stopped, status=1)
+    return report
+
+
+def train_from(
+    checkpoint: Path | None, trainer: PreferenceTrainer, job: Job, report: Report
+) -> None:
+    """Train with the callbacks and signal handlers of a run."""
     keeper = Keeper(trainer)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.remove_callback(transformers.ProgressCallback)
@@ -4237,9 +4244,6 @@ def train_policy(trainer: PreferenceTrainer, job: Job, preferences: Preferences)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if report.stopped is not None:
-        raise UserError(report.stopped, status=1)
-    return report
 
 
 def load_trained(trainer: PreferenceTrainer, checkpoint: Path | None) -> bool:
@@ -4292,6 +4296,9 @@ def push_run(job: Job) -> None:
     api = huggingface_hub.HfApi()  # the token is the environment's or `hf auth login`'s
     name = args.hub_model_id or folder.resolve().name
     repository = api.create_repo(name, private=args.hub_private_repo, exist_ok=True)
+    card = (folder / CARD).read_text("utf-8")
+    card = re.sub(r"^name = .*$", f"name = {repository.repo_id!r}", card, flags=re.MULTILINE)
+    write_file(folder / CARD, card.encode())
     left_out = ["checkpoint-*", "incomplete-*", "merged/*", ".lock", "*.tmp", "*.tmp/*"]
     api.upload_folder(
         repo_id=repository.repo_id,
@@ -4321,12 +4328,14 @@ def merge_adapter(job: Job, start: Start, preferences: Preferences) -> None:
     make_room(base, start.tokenizer)
     policy = load_with_adapter(base, str(folder), None).eval()
     pairs = (preferences.held_out or preferences.train).take(MERGE_PAIRS)
-    expected = score_tokens(policy, pairs)
+    max_length = job.training_args.max_length
+    expected = score_tokens(policy, pairs, max_length)
     merged = policy.merge_and_unload()
     merged.save_pretrained(draft)
     start.tokenizer.save_pretrained(draft)
     del base, policy, merged
-    found = score_tokens(load_causal_lm(job, str(draft), None, quantize=False).eval(), pairs)
+    merged = load_causal_lm(job, str(draft), None, quantize=False).eval()
+    found = score_tokens(merged, pairs, max_length)
     gap = (found - expected).abs().mean().item()
     # not `>`: a gap may be nan
     if not gap <= MERGE_TOLERANCE.get(str(job.model_args.dtype), 0.1):
@@ -4344,13 +4353,17 @@ def merge_adapter(job: Job, start: Start, preferences: Preferences) -> None:
     say(f"merged into {target}; log-probs differ by {gap:.1g} nats a token from base plus adapter")
 
 
-def score_tokens(model: torch.nn.Module, pairs: Dataset) -> torch.Tensor:
-    """Log-probs of all tokens of the chosen answers, one after the other, in nats."""
+def score_tokens(
+    model: torch.nn.Module, pairs: Dataset, max_length: int | None = None
+) -> torch.Tensor:
+    """Log-probs of all tokens of the chosen answers after the cut, one after the other, in nats."""
     logps = []
     for pair in pairs:
-        ids = torch.tensor([pair["prompt_ids"] + pair["chosen_ids"]], device=model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, len(pair["prompt_ids"]) - 1 : -1]
-        answer = ids[0, len(pair["prompt_ids"]) :, None]
+        prompt = pair["prompt_ids"]
+        ids = (prompt + pair["chosen_ids"])[:max_length]
+        row = torch.tensor([ids], device=model.device)
+        logits = model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        answer = row[0, len(prompt) :, None]
         logps.append(logits.float().log_softmax(-1).gather(1, answer)[:, 0].cpu())
     return torch.cat(logps)
 

@@ -761,6 +761,21 @@ def test_lora_on_tied_embeddings_is_not_merged(base, train):
     assert not list(output.glob("merged*"))
 
 
+def test_a_merge_compares_rows_that_the_model_has_positions_for(data, train, tmp_path):
+    """Held-out answers may be longer than max_length; GPT-2 has no positions beyond its own."""
+    model = tiny.make_model(tmp_path / "short", "gpt2", max_position_embeddings=60)
+    pairs = tiny.read_pairs(data / "test.jsonl")
+    for pair in pairs:
+        pair["chosen"][-1]["content"] *= 12
+    long = tmp_path / "long"
+    shutil.copytree(data, long)
+    Path(long, "test.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    output, printed = train(
+        model, data=long, max_length=60, merge=True, max_steps=1, sample_prompts=0
+    )
+    assert "merged into" in printed and (output / "merged" / "model.safetensors").exists()
+
+
 def test_a_finished_run_merges(base, train):
     output, _ = train(base)
     before = tiny.hash_file(output / "adapter_model.safetensors")

@@ -11,11 +11,13 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import yaml
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -717,6 +719,59 @@ def test_overwrite_continues_an_unfinished_run(run, stopped, finished, tmp_path)
     assert "checkpoint-6" in run(overwrite=True)
     same_result(tmp_path / "out", finished[0])
     assert not list(tmp_path.glob("out-old-*"))
+
+
+def test_a_run_of_a_gpu_is_the_same_run_on_a_machine_without_one(inputs, tmp_path):
+    """What libraries derive from the machine, and how the run is computed or uploaded, may differ."""
+    flags = tiny.settings(*inputs, tmp_path / "out")
+    dpotrainer.main([*flags, "--max_steps", "1"])
+    settings = tmp_path / "out" / "settings.yaml"
+    there = yaml.safe_load(settings.read_text())
+    there |= {"use_cpu": False, "dataloader_pin_memory": True, "tf32": True}
+    settings.write_text(yaml.safe_dump(there))
+
+    def differences(*more):
+        job = dpotrainer.read_settings([*flags, "--max_steps", "1", *more])
+        start = dpotrainer.load_start(job)
+        return dpotrainer.find_differences(job, dpotrainer.load_preferences(job, start.tokenizer))
+
+    assert differences() == []
+    assert differences("--torch_compile", "true") == []
+    assert differences("--push_to_hub", "true", "--hub_private_repo", "true") == []
+    assert differences("--beta", "0.2") == ["beta: 0.1 there, 0.2 here"]
+
+
+def see_a_runaway_at_the_end(program):
+    program.is_runaway = lambda trend: trend.lines >= 3
+
+
+def test_a_run_that_destroys_the_model_at_its_last_step_does_not_count_as_finished(run, tmp_path):
+    for _ in range(2):
+        printed = run(see_a_runaway_at_the_end, status=1, max_steps=4)
+        assert "stopped and saved at step 4 of 4" in printed and "Traceback" not in printed
+        assert (tmp_path / "out" / "checkpoint-4").exists()
+        assert not (tmp_path / "out" / "README.md").exists()
+        assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_an_uploaded_card_names_its_repository(inputs, tmp_path, monkeypatch):
+    dpotrainer.main(tiny.settings(*inputs, tmp_path / "out", max_steps=1))
+    uploaded = {}
+
+    class Hub:
+        def create_repo(self, name, **options):
+            uploaded.update(options, name=name)
+            return types.SimpleNamespace(repo_id=f"me/{name}")
+
+        def upload_folder(self, **options):
+            uploaded.update(options)
+
+    monkeypatch.setattr(dpotrainer.huggingface_hub, "HfApi", Hub)
+    more = {"push_to_hub": True, "hub_model_id": "mine", "hub_private_repo": True}
+    dpotrainer.main(tiny.settings(*inputs, tmp_path / "out", max_steps=1, **more))
+    assert (uploaded["name"], uploaded["private"]) == ("mine", True)
+    assert "checkpoint-*" in uploaded["ignore_patterns"]
+    assert "\nname = 'me/mine'\n" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_link_stays_a_link(run, tmp_path):

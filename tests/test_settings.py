@@ -167,7 +167,7 @@ def test_a_problem_names_the_layer_that_it_comes_from(tmp_path, refuse, flags):
     assert lines == [
         "flag --beta, beta=-1.0: must be above 0",
         "constant SEED, seed=-1: must be 0 or more",
-        f"{file}, weight_decay=-0.5: must be 0 or more",
+        f"file {file}, weight_decay=-0.5: must be 0 or more",
     ]
 
 
@@ -202,6 +202,27 @@ def test_a_misspelt_setting_is_refused_with_the_closest(wrong, right, tmp_path, 
     only(
         refuse("--config", write_yaml(tmp_path / "my.yaml", **{wrong: 8})), "my.yaml", wrong, right
     )
+
+
+@pytest.mark.parametrize("name", ["constants.yaml", "flags.yaml", "constant x.yaml"])
+def test_a_file_is_a_file_whatever_its_name(name, read, refuse, tmp_path):
+    file = write_yaml(tmp_path / name, gradient_accumulation_steps=4)
+    job = read("--config", file, good=["--use_cpu"])
+    assert job.training_args.gradient_accumulation_steps == 4
+    file = write_yaml(tmp_path / name, betaa=4)
+    only(refuse("--config", file), f"file {file}, betaa: ", "did you mean beta?")
+
+
+def test_a_flag_that_says_no_takes_no_value(read, refuse):
+    assert read("--no_share_prefixes").settings.share_prefixes is False
+    only(refuse("--no_share_prefixes", "false"), "takes no value", "`--share_prefixes false`")
+
+
+@pytest.mark.parametrize("name", ["merge", "precompute_ref_log_probs"])
+def test_what_needs_a_whole_model_is_refused_where_it_is_sharded(name, read, refuse, monkeypatch):
+    assert read(f"--{name}", "true")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    only(refuse(f"--{name}", "true"), f"{name}=True", "in one piece")
 
 
 @pytest.mark.parametrize("name", ["flavour", "xyzzy", "push_pull_amplifier"])
@@ -380,7 +401,7 @@ def test_a_config_that_cannot_be_read_is_refused(tmp_path, refuse):
 )
 def test_no_value_of_any_setting_ends_in_a_traceback(value, monkeypatch):
     monkeypatch.setattr(
-        dpotrainer, "finish", lambda *_: None
+        dpotrainer, "make_job", lambda *_: None
     )  # some values would change this process
     words = [f"--{field.name}={value}" for field in all_fields()]
     try:
@@ -435,7 +456,7 @@ def test_a_file_written_for_trl_works_and_keeps_its_batch(
     monkeypatch.setenv("DPO_TEST", "before")
     monkeypatch.setenv("WORLD_SIZE", str(world))
     monkeypatch.setattr(
-        dpotrainer, "finish", lambda draft, _: draft
+        dpotrainer, "make_job", lambda draft, _: draft
     )  # a process group would be made
     values = TRL_FILE | {"model_name_or_path": str(inputs[0]), "dataset_name": str(inputs[1])}
     file = write_yaml(tmp_path / "trl.yaml", **values)
@@ -903,6 +924,8 @@ def test_no_gpu_is_a_mistake_of_a_run_and_a_remark_of_a_dry_run(refuse, read, mo
         and job.remarks[0].startswith("no CUDA GPU here")
         and job.training_args.use_cpu
     )
+    # transformers would refuse it on a CPU
+    assert read("--use_cpu", "false", "--dry_run", "true", "--tf32", "true").remarks
     assert read("--dry_run", "true").remarks == []
     lines = refuse("--use_cpu", "false", "--dry_run", "true", "--beta", "0")
     only(lines, "beta=0")

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GemmaConfig,
+    GPT2Config,
     LlamaConfig,
     MistralConfig,
     PreTrainedTokenizerFast,
@@ -30,6 +31,7 @@ from transformers import (
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "dpotrainer.py"
 CONFIGS = {
+    "gpt2": GPT2Config,
     "qwen3": Qwen3Config,
     "qwen2": Qwen2Config,
     "llama": LlamaConfig,
