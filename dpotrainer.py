@@ -172,9 +172,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 class UserError(Exception):
-    """Ends the program with this message and no traceback; status 2 is a mistake that the
-    message says how to mend.
-    """
+    """Ends the program with this message, without a traceback; status 2 is the user's to mend."""
 
     def __init__(self, message: str, status: int = 2) -> None:
         super().__init__(message)
@@ -976,9 +974,7 @@ def load_preferences(job: Job, tokenizer: PreTrainedTokenizerBase) -> Preference
 
 def name_source(job: Job) -> str:
     """What the pairs were read from."""
-    if job.mixture_args.datasets:
-        return " + ".join(part.path for part in job.mixture_args.datasets)
-    return job.script_args.dataset_name
+    return " + ".join(name_sources(job))
 
 
 def hold_out(job: Job, pairs: Dataset) -> tuple[Dataset, Dataset | None]:
@@ -3427,9 +3423,7 @@ class Report(TrainerCallback):
     def advise(
         self, state: transformers.TrainerState, control: transformers.TrainerControl
     ) -> None:
-        """Say what the log calls for, each kind once; save and stop a run that destroys the
-        model.
-        """
+        """Say what the log calls for, each kind once; stop a run that destroys the model."""
         trend = read_trend(state, self.job, self.answer_tokens)
         if trend is None:
             return
@@ -3732,9 +3726,7 @@ def generate_answers(
     config: transformers.GenerationConfig,
     prompts: list[list[int]],
 ) -> list[list[int]]:
-    """Tokens of a model's answers, each with its end if it has one; from one seed, so that equal
-    models give equal answers.
-    """
+    """Tokens of a model's answers, each with its end if any; equal models give equal ones."""
     batch = trainer.processing_class.pad(
         {"input_ids": prompts}, padding_side="left", return_tensors="pt"
     ).to(trainer.args.device)
@@ -3806,9 +3798,7 @@ def find_answer_faults(
 
 
 def is_loop(tokens: list[int]) -> bool:
-    """Whether less than half of an answer's last runs of four tokens are distinct. Tokens, since
-    not all languages put spaces between words.
-    """
+    """Whether less than half of the answer's last runs of four tokens are distinct."""
     last = tokens[-100:]  # a loop, once begun, does not end
     runs = list(zip(last, last[1:], last[2:], last[3:]))
     return len(runs) >= 20 and len(set(runs)) < len(runs) / 2
@@ -3982,9 +3972,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def describe_run(job: Job, preferences: Preferences) -> dict[str, Any]:
-    """What makes the run what it is: settings, pairs and sharding, under the names of
-    settings.yaml.
-    """
+    """What makes the run what it is, under the names of settings.yaml."""
     hashes = np.array(preferences.train["pair_hash"])
     sharding = "none"
     if is_switched_on("ACCELERATE_USE_FSDP"):
@@ -4010,9 +3998,7 @@ def write_settings(job: Job, preferences: Preferences) -> None:
 
 
 def find_differences(job: Job, preferences: Preferences) -> list[str]:
-    """Lines on where what output_dir holds is not this run; empty for this run, or an empty
-    folder.
-    """
+    """Where the run in output_dir is not this one, as lines; none in an empty folder."""
     folder = Path(job.training_args.output_dir)
     names = [path.name for path in folder.glob("[!.]*") if path.suffix != ".tmp"]
     if not names:
@@ -4140,15 +4126,11 @@ class Keeper(TrainerCallback):
             os.write(2, b"\ndpotrainer: stopping after this step; again: at once, unsaved\n")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep to this command's eval_steps, logging_steps and save_steps: a checkpoint brings
-        those of the command that wrote it.
-        """
+        """Keep to this command's eval_steps and its like: a checkpoint brings others."""
         state.compute_steps(args, state.max_steps)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the order of the pairs; accelerate does not find the sampler in each of its
-        wrappings.
-        """
+        """Set the order of the pairs: accelerate does not find the sampler in its wrappings."""
         self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -4166,9 +4148,7 @@ class Keeper(TrainerCallback):
             raise UserError(self.trainer.explain_overflow("gradient"), status=1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop where any process has heard a signal; write a log line wherever a checkpoint is
-        written.
-        """
+        """Stop where a process has heard a signal; log wherever a checkpoint is written."""
         self.stop_if_asked(control)
         control.should_log |= control.should_save
 
@@ -4179,7 +4159,7 @@ class Keeper(TrainerCallback):
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
             write_file(folder / MANIFEST, json.dumps(digest_files(folder), indent=1).encode())
         self.stop_if_asked(control)  # a signal may have come in the evaluation since
-        control.should_save = False  # this is the save
+        control.should_save = False  # else Trainer would save the same step once more
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the program with the signal's status."""
@@ -4247,33 +4227,36 @@ def train_from(
 
 
 def load_trained(trainer: PreferenceTrainer, checkpoint: Path | None) -> bool:
-    """Take up a run that is trained, but was broken off before its card was written; False if
-    there is more to train.
-    """
+    """Take up a run that is trained but has no card yet; False if there is more to train."""
     folder = Path(trainer.args.output_dir)
-    state = transformers.TrainerState()
-    if checkpoint is not None:
-        state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    is_trained = state.max_steps > 0 and state.global_step >= state.max_steps
-
-    source = None
-    if (folder / "adapter_config.json").exists():
-        source = folder
-    elif is_trained and trainer.args.load_best_model_at_end and state.best_model_checkpoint:
-        source = Path(state.best_model_checkpoint)
-    elif is_trained:
-        source = checkpoint
-    if source is None:
+    is_saved = (folder / "adapter_config.json").exists()  # save_adapter came to its end
+    if checkpoint is None and not is_saved:
+        return False
+    state = read_state(folder, checkpoint)
+    is_trained = is_saved or state.global_step >= state.max_steps
+    if not is_trained:
         return False
 
-    if checkpoint is None:  # `save_strategy: "no"`
-        lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
-        state.log_history = [json.loads(line) for line in lines]
-        state.global_step = state.log_history[-1]["step"]
+    source = checkpoint
+    if is_saved:
+        source = folder
+    elif trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        source = state.best_model_checkpoint
     say(f"the run is trained already; taking up the adapter in {source}")
     trainer.model.load_adapter(str(source), "default", is_trainable=True)
     trainer.state = state
     return True
+
+
+def read_state(folder: Path, checkpoint: Path | None) -> transformers.TrainerState:
+    """Steps and log of a run: its checkpoint's, or metrics.jsonl's where it saves none."""
+    if checkpoint is not None:
+        return transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    state = transformers.TrainerState()
+    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    state.log_history = [json.loads(line) for line in lines]
+    state.global_step = state.log_history[-1]["step"]
+    return state
 
 
 def save_adapter(trainer: PreferenceTrainer) -> None:
@@ -4851,9 +4834,7 @@ def was_interrupted(error: BaseException | None) -> bool:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a file could not be written for want of room; torch.save and safetensors have
-    classes of their own.
-    """
+    """Whether a file could not be written for want of room, as each library puts it."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
     words = ("No space left", "quota exceeded", "File too large", "inline_container")
@@ -4861,9 +4842,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def tell(message: str, status: int) -> int:
-    """Print why the program ends; a mistake is everybody's, any other end may be one process's
-    alone.
-    """
+    """Print why the program ends: a mistake once, any other end for each process."""
     text = f"dpotrainer: {message}"
     if not is_main_process():
         text = f"dpotrainer, process {os.environ['RANK']}: {message}"
