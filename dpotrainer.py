@@ -61,7 +61,7 @@ import types
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from importlib.util import find_spec
@@ -103,7 +103,12 @@ from trl import DatasetMixtureConfig, DPOConfig, DPOTrainer, ModelConfig, Script
 from trl.data_utils import common_prefix_length
 from trl.scripts.utils import DatasetConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import global_then_local_main_first, remove_none_values, use_adapter
+from trl.trainer.utils import (
+    add_fused_lm_head,
+    global_then_local_main_first,
+    remove_none_values,
+    use_adapter,
+)
 
 # fmt: off
 # ---------------------------------------------------------------------------- constants: edit these
@@ -151,6 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     start = load_start(job)
     preferences = load_preferences(job, start.tokenizer)
     check_lengths(job, start, preferences)
+    check_architecture(job, start, preferences)
     sharing = check_sharing(job, start, preferences)
     print_plan(job, start, preferences, sharing)
     if job.settings.dry_run:
@@ -1933,6 +1939,7 @@ def load_start(job: Job) -> Start:
         check_hub(base_name)
     try:
         config = transformers.AutoConfig.from_pretrained(base_name, revision=base_revision)
+        config.get_text_config()  # a ValueError where there are several
     except (OSError, ValueError) as error:
         what = f"model_name_or_path={name}"
         if adapter is not None:
@@ -2011,7 +2018,22 @@ def find_base_problems(job: Job, config: transformers.PretrainedConfig) -> list[
             "merge=true: the base is quantised already, and an adapter cannot be merged into it; "
             "leave it out, or start from the base as it was before"
         )
+    router_weight = job.training_args.router_aux_loss_coef
+    if router_weight and not hasattr(config.get_text_config(), "output_router_logits"):
+        problems.append(
+            f"router_aux_loss_coef={router_weight}: a {config.model_type} has no router to train; "
+            "leave it out"
+        )
     return problems
+
+
+def find_router_weight(job: Job, config: transformers.PretrainedConfig) -> float:
+    """What TRL multiplies the router's loss by: the setting, else the configuration's own."""
+    text = config.get_text_config()
+    if not hasattr(text, "output_router_logits"):
+        return 0.0
+    given = job.training_args.router_aux_loss_coef
+    return getattr(text, "router_aux_loss_coef", 0.0) if given is None else given
 
 
 def find_tokenizer_problems(start: Start) -> list[str]:
@@ -2411,15 +2433,6 @@ PAIR_SCORES = (
 )  # columns of what an evaluation returns
 
 
-def replay(output: transformers.utils.ModelOutput) -> Callable:
-    """A stand-in for a model that has run: TRL's functions take a model, not its output."""
-
-    def already_run(**_: Any) -> transformers.utils.ModelOutput:
-        return output
-
-    return already_run
-
-
 class PreferenceTrainer(DPOTrainer):
     """trl.DPOTrainer on tokenised pairs, with a reference free of noise and an evaluation that
     is exact.
@@ -2526,31 +2539,9 @@ class PreferenceTrainer(DPOTrainer):
         with self.compute_loss_context_manager():
             output = model(**for_the_model, labels=labels, use_cache=False, fused_lm_head=True)
 
-        # TRL's sums over an answer's tokens, which know ld_alpha. The function is named after the
-        # reference, but takes any model: here one that returns what the policy has just returned.
-        chosen_logps, rejected_logps = super().compute_ref_log_probs(replay(output), inputs)
-        chosen_tokens, rejected_tokens = inputs["completion_mask"].sum(dim=1).chunk(2)
-        columns = {
-            "loss": self.score_losses(output, inputs),
-            "chosen_logps": chosen_logps,
-            "rejected_logps": rejected_logps,
-            "ref_chosen_logps": inputs["ref_chosen_logps"],
-            "ref_rejected_logps": inputs["ref_rejected_logps"],
-            "chosen_tokens": chosen_tokens,
-            "rejected_tokens": rejected_tokens,
-        }
-        scores = torch.stack([columns[name].float() for name in PAIR_SCORES], dim=1)
-        return None, scores, scores[:, :1]
-
-    def score_losses(self, output: transformers.utils.ModelOutput, inputs: dict) -> torch.Tensor:
-        """The loss of each pair alone, (B,), by TRL, from a forward that has run; without a
-        router's, which is a batch's.
-        """
         per_row = {name: value for name, value in output.items() if value.ndim == 2}
         pairs = len(inputs["ref_chosen_logps"])
-        had_router_loss = self.aux_loss_enabled
-        self.aux_loss_enabled = False
-        losses = []
+        scores = []
         for pair in range(pairs):
             rows = [pair, pairs + pair]  # chosen and rejected
             output_of_pair = type(output)(**{name: value[rows] for name, value in per_row.items()})
@@ -2561,12 +2552,37 @@ class PreferenceTrainer(DPOTrainer):
                 "ref_chosen_logps": inputs["ref_chosen_logps"][pair : pair + 1],
                 "ref_rejected_logps": inputs["ref_rejected_logps"][pair : pair + 1],
             }
-            losses.append(super().compute_loss(replay(output_of_pair), inputs_of_pair))
-        self.aux_loss_enabled = had_router_loss
+            scores.append(self.score_pair(output_of_pair, inputs_of_pair))
         # Private: TRL would log its means over batches under the names of ours. A test compares the
         # log with float64.
         self._metrics["eval"].clear()
-        return torch.stack(losses)
+        scores = torch.stack(scores)
+        return None, scores, scores[:, :1]
+
+    def score_pair(self, output: transformers.utils.ModelOutput, inputs: dict) -> torch.Tensor:
+        """The columns of PAIR_SCORES, (7,), of one pair on which the policy has run."""
+
+        # TRL's functions run the model that they are given: here one that has run already
+        def policy(**_: Any) -> transformers.utils.ModelOutput:
+            return output
+
+        # it sums over an answer's tokens, by ld_alpha, for any model, not the reference alone
+        chosen_logps, rejected_logps = super().compute_ref_log_probs(policy, inputs)
+        had_router_loss = self.aux_loss_enabled
+        self.aux_loss_enabled = False  # it is a batch's, no pair's
+        loss = super().compute_loss(policy, inputs)
+        self.aux_loss_enabled = had_router_loss
+        chosen_tokens, rejected_tokens = inputs["completion_mask"].sum(dim=1)
+        columns = {
+            "loss": loss,
+            "chosen_logps": chosen_logps,
+            "rejected_logps": rejected_logps,
+            "ref_chosen_logps": inputs["ref_chosen_logps"],
+            "ref_rejected_logps": inputs["ref_rejected_logps"],
+            "chosen_tokens": chosen_tokens,
+            "rejected_tokens": rejected_tokens,
+        }
+        return torch.stack([columns[name].float().squeeze() for name in PAIR_SCORES])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter alone, gathered where FSDP shards it: transformers would gather all
@@ -2624,6 +2640,12 @@ GIB = 2**30
 CARDS = (24, 40, 48, 80, 141)  # GB of memory that GPUs commonly have
 PEAK_RATES = {"A100": 312e12, "H100": 989e12}  # operations a second in bf16, as advertised
 UTILISATION = 0.4  # the share of it that training commonly reaches
+FLOAT32_BYTES = 4
+SCALE_BITS = 0.25  # that quantisation adds to a weight: a scale of 16 bits for 64 weights
+WITH_GRADIENTS = 1.3  # a layer at work, over what it keeps: as torch's memory tracker finds it
+HEAD_TILE = (4096, 32_768)  # tokens and words whose logits TRL's head holds at a time
+CUDA_CONTEXT = GIB  # what CUDA and its libraries take
+IDLE_SHARE = 0.1  # of the activations: lies idle between tensors
 FEW_STEPS = 20  # with fewer the adapter hardly moves
 REFERENCES = {
     "base": "the policy with its adapter switched off",
@@ -2862,8 +2884,10 @@ def describe_cost(
             seconds = trained_pairs * per_pair / (UTILISATION * rate * args.world_size)
             hours.append(f"{seconds / 3600:,.2f} h on {args.world_size} {name}")
         text += f"; an estimate, at {UTILISATION:.0%} of the peak: {', '.join(hours)}"
-    parts = estimate_memory(job, start, policy, largest, kept)
-    return [*wrap("compute", text), *describe_memory(job, parts, max(tokens))]
+    with_checkpointing = estimate_memory(job, start, policy, largest, kept, recomputes=True)
+    without = estimate_memory(job, start, policy, largest, kept, recomputes=False)
+    memory = describe_memory(job, with_checkpointing, without, max(tokens))
+    return [*wrap("compute", text), *memory]
 
 
 def is_for_gpu(job: Job) -> bool:
@@ -2872,49 +2896,61 @@ def is_for_gpu(job: Job) -> bool:
 
 
 def estimate_memory(
-    job: Job, start: Start, policy: peft.PeftModel, largest: Pass, kept: int
+    job: Job, start: Start, policy: peft.PeftModel, largest: Pass, kept: int, recomputes: bool
 ) -> dict[str, float]:
-    """Bytes on one GPU in the largest pass, by what they hold."""
+    """Bytes on one GPU in the largest pass, by what they hold; `recomputes`: with gradient
+    checkpointing.
+    """
     args = job.training_args
     text_config = start.config.get_text_config()
     shards = args.world_size if is_sharded() else 1
-    adapter = 4 * policy.get_nb_trainable_parameters()[0] / shards  # float32
+    adapter = FLOAT32_BYTES * policy.get_nb_trainable_parameters()[0] / shards
     weights = 0
     bits = count_bits(job, start.config)
     for weight in policy.parameters():
-        # quantisation leaves vectors, embeddings and head as they are, and adds scales
+        # quantisation leaves vectors, embeddings and head as they are
         is_table = weight.ndim == 1 or text_config.vocab_size in weight.shape
         if weight.requires_grad:
             continue
         if bits is None or is_table:
             weights += weight.nbytes / shards
         else:
-            weights += weight.numel() * (bits + 0.25) / 8 / shards
+            weights += weight.numel() * (bits + SCALE_BITS) / 8 / shards
     parts = {"weights": weights, "adapter": adapter, "gradients": adapter}
-    parts["optimizer"] = 2 * adapter  # Adam's moments
+    parts["optimizer"] = 2 * adapter  # Adam's two moments, in float32
     if "8bit" in args.optim:
-        parts["optimizer"] = adapter / 2
+        parts["optimizer"] = 2 * adapter / FLOAT32_BYTES  # in a byte each
     parts["reference"] = {"base": 0, "adapter": adapter, "copy": weights}[start.reference]
 
     state = text_config.hidden_size * policy.get_base_model().dtype.itemsize
     parts["activations"] = kept
-    if args.gradient_checkpointing:  # the input of each layer; one layer, with its gradients
+    if recomputes:  # the input of each layer is kept, and all of the one that is at work
         layers = text_config.num_hidden_layers
         inputs = layers * largest.rows * largest.length * state
-        parts["activations"] = inputs + 1.3 * kept / layers
-    # TRL's head: hidden states, their gradient in float32, a tile of 4096 x 32768 logits
-    parts["head"] = largest.scored * (state + 4 * text_config.hidden_size)
-    parts["head"] += 2 * min(largest.scored, 4096) * min(text_config.vocab_size, 32768)
-    if is_for_gpu(job):  # CUDA itself, and what lies idle between tensors
-        parts["overhead"] = GIB + 0.1 * (parts["activations"] + parts["head"])
+        parts["activations"] = inputs + WITH_GRADIENTS * kept / layers
+    # TRL's head: hidden states, their gradient in float32, and a tile of logits in half precision
+    parts["head"] = largest.scored * (state + FLOAT32_BYTES * text_config.hidden_size)
+    tile = min(largest.scored, HEAD_TILE[0]) * min(text_config.vocab_size, HEAD_TILE[1])
+    parts["head"] += 2 * tile
+    if is_for_gpu(job):
+        parts["overhead"] = CUDA_CONTEXT + IDLE_SHARE * (parts["activations"] + parts["head"])
     return parts
 
 
-def describe_memory(job: Job, parts: dict[str, float], tokens: int) -> list[str]:
-    """The sum with its parts, and which card has room for it."""
+def describe_memory(
+    job: Job, with_checkpointing: dict[str, float], without: dict[str, float], tokens: int
+) -> list[str]:
+    """The sum with its parts, as gradient_checkpointing is set, what it were otherwise, and which
+    card has room for it.
+    """
+    parts = without
+    otherwise = f"{sum(with_checkpointing.values()) / GIB:.3g} with gradient_checkpointing"
+    if job.training_args.gradient_checkpointing:
+        parts = with_checkpointing
+        otherwise = f"{sum(without.values()) / GIB:.3g} without gradient_checkpointing"
     total = sum(parts.values()) / GIB
     terms = " + ".join(f"{name} {size / GIB:.3g}" for name, size in parts.items() if size)
-    text = f"{total:.3g} GiB in the largest pass, of {tokens:,} tokens: {terms}"
+    text = f"{total:.3g} GiB ({otherwise}) in the largest pass, of {tokens:,} tokens: {terms}"
     if not is_for_gpu(job):
         return wrap("memory", text)
     cards = [0.98 * size for size in CARDS]  # the driver takes some
@@ -2993,8 +3029,8 @@ MINIATURE_SIZES = {  # a miniature's size at most: the names that configurations
     4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads "
     "encoder_attention_heads swa_num_attention_heads num_experts n_routed_experts "
     "num_local_experts moe_num_experts",
-    2: "num_experts_per_tok num_experts_per_token moe_topk moe_k n_group",
-    1: "topk_group first_k_dense_replace num_dense_layers",
+    2: "num_experts_per_tok num_experts_per_token moe_topk moe_k n_group attn_layer_period",
+    1: "topk_group first_k_dense_replace num_dense_layers o_groups attn_layer_offset",
     0: "num_kv_shared_layers num_nextn_predict_layers",
 }
 SIZE_OF = {name: size for size, names in MINIATURE_SIZES.items() for name in names.split()}
@@ -3019,6 +3055,8 @@ def make_miniature(config: transformers.PretrainedConfig) -> transformers.PreTra
             for weight in model.parameters():
                 if weight.ndim > 1:
                     torch.nn.init.normal_(weight, std=0.2)
+            with torch.no_grad():  # sizes that do not go together may only show here
+                model.base_model(input_ids=torch.tensor([[0, 1, 2]]), use_cache=False)
     except Exception as error:  # whatever an architecture makes of sizes that it has never seen
         told = f"a {config.model_type} cannot be made small: {first_line(error)}"
         raise ValueError(told) from error
@@ -3034,23 +3072,36 @@ def shrink_config(values: dict) -> dict:
         else:
             small[name] = shrink_size(value, SIZE_OF.get(name, math.inf))
 
-    heads = values.get("num_attention_heads")
-    key_heads = values.get("num_key_value_heads")
-    if isinstance(key_heads, int) and key_heads != heads:
-        small["num_key_value_heads"] = min(key_heads, 2)
-    elif key_heads is not None:
-        small["num_key_value_heads"] = small["num_attention_heads"]
-    if isinstance(small.get("rope_parameters"), dict) and heads is not None:
-        head_size = values.get("head_dim") or values["hidden_size"] // heads
-        for name in ("long_factor", "short_factor"):  # one per rotated dimension
-            factors = small["rope_parameters"].get(name)
-            if factors is not None:
-                factors = factors[: len(factors) * SIZE_OF["head_dim"] // head_size]
-                small["rope_parameters"][name] = factors
+    shrink_key_heads(values, small)
+    cut_rotation(values, small)
     for name in LAYER_COUNTS:
         if isinstance(small.get(name), int):
             keep_layers(small, name)
     return small
+
+
+def shrink_key_heads(values: dict, small: dict) -> None:
+    """As many key heads as query heads where it was so, else two at most."""
+    for kind in ("", "swa_"):  # "swa_": of the layers with a window
+        heads = values.get(f"{kind}num_attention_heads")
+        key_heads = values.get(f"{kind}num_key_value_heads")
+        if isinstance(key_heads, int) and key_heads != heads:
+            small[f"{kind}num_key_value_heads"] = min(key_heads, 2)
+        elif key_heads is not None:
+            small[f"{kind}num_key_value_heads"] = small[f"{kind}num_attention_heads"]
+
+
+def cut_rotation(values: dict, small: dict) -> None:
+    """One factor per rotated dimension (LongRoPE), as many as the smaller head has."""
+    rotation = small.get("rope_parameters")
+    heads = values.get("num_attention_heads")
+    if not isinstance(rotation, dict) or heads is None:
+        return
+    head_size = values.get("head_dim") or values["hidden_size"] // heads
+    for name in ("long_factor", "short_factor"):
+        factors = rotation.get(name)
+        if factors is not None:
+            rotation[name] = factors[: len(factors) * SIZE_OF["head_dim"] // head_size]
 
 
 def shrink_size(value: Any, largest: float) -> Any:
@@ -3092,6 +3143,98 @@ def keep_layers(small: dict, name: str) -> None:
     if overrides is not None:
         entries = enumerate(small["per_layer_config"])
         small["per_layer_config"] = {str(layer): value for layer, value in entries if value}
+
+
+TRIED_TOKENS = 32  # of a row: more than the windows of a miniature
+HEAD_TOLERANCE = 1e-3  # nats; rounding is 1e-6, and what TRL does not know of makes 0.01 and more
+
+
+@torch.no_grad()
+def check_architecture(job: Job, start: Start, preferences: Preferences) -> None:
+    """Raise UserError where TRL cannot train the architecture, as its miniature shows. Where there
+    is none, nothing is claimed.
+    """
+    # TRL would gather the head from all processes, but a miniature's is parted out to none
+    if is_switched_on("ACCELERATE_USE_DEEPSPEED"):
+        return
+    try:
+        miniature = make_stand_in(start)
+    except Exception:  # whatever an architecture makes of sizes that it has never seen
+        return
+    kind = start.config.model_type
+    pair = preferences.train[0]
+    row = torch.tensor([(pair["prompt_ids"] + pair["chosen_ids"])[:TRIED_TOKENS]])
+    told = f"{start.base_name}: TRL cannot train the type {kind}; take another model"
+    with refuse_failures(told):
+        add_fused_lm_head(miniature)
+        compare_with_trl(miniature, row)
+    weight = find_router_weight(job, start.config)
+    if weight != 0:
+        told = f"router_aux_loss_coef={weight}: TRL has no router loss for the type {kind}"
+        with refuse_failures(f"{told}; set it to 0"):
+            run_with_trl(miniature, row, output_router_logits=True).aux_loss.item()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        check_adapter(job, start, miniature, row)
+
+
+def check_adapter(
+    job: Job, start: Start, miniature: transformers.PreTrainedModel, row: torch.Tensor
+) -> None:
+    """Raise UserError where TRL cannot train the adapter, or PEFT would not load it again."""
+    try:
+        policy = peft.get_peft_model(miniature, choose_lora(job, start)).eval()
+    except Exception:  # LoRA has no place in so few layers: the plan tries all of them
+        return
+    for weight in policy.parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight, std=0.1)
+    where = f"lora_target_modules={job.model_args.lora_target_modules}"
+    kind = start.config.model_type
+    with refuse_failures(f"{where}: TRL cannot train the type {kind} there; name other modules"):
+        compare_with_trl(policy, row)
+    saved = peft.get_peft_model_state_dict(policy, save_embedding_layers=False)
+    lost = peft.set_peft_model_state_dict(policy, saved).unexpected_keys
+    if lost:
+        raise UserError(
+            f"{where}: PEFT would not load the type {kind}'s adapter again; name other modules\n"
+            f"  {len(lost)} weights are lost, such as {lost[0]}"
+        )
+
+
+@contextlib.contextmanager
+def refuse_failures(told: str) -> Iterator[None]:
+    """Raise any error as a UserError that says so, with the error's own words."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{told}\n  {type(error).__name__}: {first_line(error)}") from error
+
+
+def compare_with_trl(model: torch.nn.Module, row: torch.Tensor) -> None:
+    """Raise ValueError where a model has other log-probs in TRL than by itself.
+
+    TRL multiplies the last hidden states by the head's weight, and knows of scales and
+    soft-capping: it leaves out whatever else there is. The model itself is given only half of the
+    row, which tells where tokens see later ones.
+    """
+    logps = run_with_trl(model, row).log_probs[0]
+    ids = row[0, : row.shape[1] // 2 + 1].tolist()
+    own = score_tokens(model, [{"prompt_ids": ids[:1], "chosen_ids": ids[1:]}])
+    gap = (logps[: len(own)] - own).abs().max().item()
+    if not gap <= HEAD_TOLERANCE:  # it may be nan
+        raise ValueError(
+            f"a miniature's log-probs in TRL are {gap:.2g} nats off its own: TRL leaves out a part "
+            "of its head, or its tokens see later ones"
+        )
+
+
+def run_with_trl(
+    model: torch.nn.Module, row: torch.Tensor, **options: Any
+) -> transformers.utils.ModelOutput:
+    """What TRL trains on: log-probs (1, L - 1) of a row (1, L) from its own output head."""
+    mask = torch.ones_like(row)
+    return model(input_ids=row, attention_mask=mask, labels=row, fused_lm_head=True, **options)
 
 
 REHEARSED_PAIRS = 8
@@ -3166,7 +3309,6 @@ def save_miniature(job: Job, start: Start, folder: Path) -> str | None:
     try:
         model = make_miniature(start.config)
         model.name_or_path = str(folder / "base")  # PEFT writes it into the adapter
-        model.base_model(input_ids=torch.arange(8)[None], use_cache=False)
         if is_main_process():
             model.save_pretrained(folder / "base")
             start.tokenizer.save_pretrained(folder / "base")
@@ -4398,12 +4540,12 @@ def check_sharing(job: Job, start: Start, preferences: Preferences) -> Sharing:
         return Sharing(False, f"rows apart: {'; '.join(reasons)}")
     batch = make_proof_batch(job, start, preferences)
     try:
-        miniature = make_miniature(start.config).eval()
-        if len(start.tokenizer) > miniature.get_input_embeddings().weight.shape[0]:
-            miniature.resize_token_embeddings(len(start.tokenizer))
+        miniature = make_stand_in(start)
         apart = score_answers(miniature, batch, run_rows_apart(miniature, batch))
         share_prefixes(miniature)
         packed = score_answers(miniature, batch, run_packed_row(miniature, batch))
+    except ValueError as error:  # ours, mostly: the attention, or no miniature
+        return Sharing(False, f"rows apart: {first_line(error)}")
     except Exception as error:  # whatever it is, rows apart do without
         return Sharing(False, f"rows apart: a miniature of the model fails: {first_line(error)}")
     difference = (packed - apart).abs().max().item()
@@ -4412,6 +4554,13 @@ def check_sharing(job: Job, start: Start, preferences: Preferences) -> Sharing:
         told = f"log-probs of a miniature of the model differ by {difference:.1g}"
         return Sharing(False, f"rows apart: {told}")
     return Sharing(True, f"shared, checked: log-probs differ by {difference:.0e}")
+
+
+def make_stand_in(start: Start) -> transformers.PreTrainedModel:
+    """A miniature in evaluation mode, with room for the tokens that SFT added."""
+    miniature = make_miniature(start.config).eval()
+    make_room(miniature, start.tokenizer)
+    return miniature
 
 
 def share_where_proven(
@@ -4438,24 +4587,27 @@ def prove_sharing(
 
     Log-probs, by their mean over tokens, may differ by little more than padding alone changes.
     """
-    if is_sharded():  # each process has a part of each weight, and no forward before training
-        share_prefixes(model)
-        return Sharing(True, "shared, checked on a miniature of the model alone")
-    batch = make_proof_batch(job, start, preferences)
-    batch = accelerate.utils.send_to_device(batch, model.device)
     autocast = None
     if job.training_args.bf16:
         autocast = torch.bfloat16
     elif job.training_args.fp16:
         autocast = torch.float16
+    is_half = autocast is not None or model.dtype != torch.float32
     was_training = model.training
     model.eval()
     try:
-        with torch.autocast(model.device.type, autocast, enabled=autocast is not None):
-            apart = score_answers(model, batch, run_rows_apart(model, batch))
-            alone = score_answers(model, batch, run_rows_alone(model, batch))
+        proven = model
+        if is_sharded():  # no process has the model in one piece: a miniature stands in for it
+            proven = make_stand_in(start).to(job.training_args.device, model.dtype)
+        batch = make_proof_batch(job, start, preferences)
+        batch = accelerate.utils.send_to_device(batch, proven.device)
+        with torch.autocast(proven.device.type, autocast, enabled=autocast is not None):
+            apart = score_answers(proven, batch, run_rows_apart(proven, batch))
+            alone = score_answers(proven, batch, run_rows_alone(proven, batch))
+            share_prefixes(proven)
+            packed = score_answers(proven, batch, run_packed_row(proven, batch))
+        if proven is not model:
             share_prefixes(model)
-            packed = score_answers(model, batch, run_packed_row(model, batch))
     except Exception as error:  # whatever it is, rows apart do without
         stop_sharing(model)
         return Sharing(False, f"rows apart: {type(error).__name__}: {first_line(error)}")
@@ -4463,10 +4615,8 @@ def prove_sharing(
         model.train(was_training)
 
     difference = (packed - apart).abs().mean().item()
-    is_half = autocast is not None or model.dtype != torch.float32
-    allowed = (
-        3 * (alone - apart).abs().mean().item() + PROOF_TOLERANCE["half" if is_half else "float32"]
-    )
+    by_padding = (alone - apart).abs().mean().item()
+    allowed = 3 * by_padding + PROOF_TOLERANCE["half" if is_half else "float32"]
     is_exact = difference <= allowed  # not if it is not a number
     if not is_exact:
         stop_sharing(model)
@@ -4483,18 +4633,13 @@ def find_reasons_against_sharing(job: Job, config: transformers.PretrainedConfig
     if job.model_args.attn_implementation is not None:
         reasons.append("`attn_implementation` asks for another attention")
     text = config.get_text_config()
-    if text is not config:
-        reasons.append("a vision-language model, whose rows may hold images")
     other_layers = set(getattr(text, "layer_types", None) or []) - PLAIN_LAYERS
     if other_layers:
         reasons.append(f"some layers are of another kind ({', '.join(sorted(other_layers))})")
     dropout = getattr(text, "attention_dropout", 0) or getattr(text, "attn_pdrop", 0)
     if dropout and not job.training_args.disable_dropout:
         reasons.append("`disable_dropout: false` keeps the dropout of its attention")
-    coefficient = job.training_args.router_aux_loss_coef
-    if coefficient is None:
-        coefficient = getattr(text, "router_aux_loss_coef", 0.0)
-    if coefficient and hasattr(text, "output_router_logits"):
+    if find_router_weight(job, config) != 0:
         reasons.append("its router loss counts the tokens of both rows")
     return reasons
 
@@ -4533,7 +4678,7 @@ def run_packed_row(model: torch.nn.Module, batch: dict) -> torch.Tensor:
     output = model.base_model(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
-        plan=batch["plan"],
+        layout=batch["layout"],
         use_cache=False,
     )
     return output.last_hidden_state
@@ -4564,16 +4709,16 @@ def score_answers(model: torch.nn.Module, batch: dict, hidden: torch.Tensor) -> 
 
 
 class SharedPrefixCollator(DataCollatorForPreference):
-    """TRL's collator for pairs; its batches carry the layout of the packed row under "plan"."""
+    """TRL's collator for pairs; its batches carry the layout of the packed row."""
 
     def torch_call(self, examples: list[dict]) -> dict:
-        """The padded batch with its plan."""
+        """The padded batch with its layout."""
         batch = super().torch_call(examples)
-        batch["plan"] = plan_packed_row(batch["input_ids"], batch["attention_mask"])
+        batch["layout"] = lay_out_packed_row(batch["input_ids"], batch["attention_mask"])
         return batch
 
 
-def plan_packed_row(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict:
+def lay_out_packed_row(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict:
     """Lay out B pairs, given as ids and mask (2B, L) on the CPU, padded on the right.
 
     Rejected of row i is row B + i. T tokens in the packed row have K keys in all their sequences.
@@ -4617,9 +4762,10 @@ def plan_packed_row(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> di
 
 
 def share_prefixes(model: transformers.PreTrainedModel) -> None:
-    """Let a causal LM, not yet wrapped by PEFT, run batches that carry a plan as one packed row.
+    """Let a causal LM, not yet wrapped by PEFT, run batches that carry a layout as one packed row.
 
-    Raises ValueError where its attention cannot be replaced. Batches without a plan run as before.
+    Raises ValueError where its attention cannot be replaced. Batches without a layout run as
+    before.
     """
     if not model.is_backend_compatible():
         raise ValueError("its attention cannot be replaced from outside")
@@ -4632,19 +4778,19 @@ def share_prefixes(model: transformers.PreTrainedModel) -> None:
 
 
 def stop_sharing(model: transformers.PreTrainedModel) -> None:
-    """Undo share_prefixes: the hooks that stay do nothing to batches without a plan."""
+    """Undo share_prefixes: the hooks that stay do nothing to batches without a layout."""
     model.set_attn_implementation(model.get_correct_attn_implementation(None))
 
 
 def pack_batch(backbone: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Put the packed row in place of the padded batch; the plan goes down to every attention."""
-    plan = kwargs.pop("plan", None)
-    if plan is not None:
-        kwargs["input_ids"] = plan["input_ids"]
-        kwargs["position_ids"] = plan["position_ids"]
-        kwargs["shared_prefixes"] = plan
+    """Put the packed row in place of the padded batch; the layout goes down to every attention."""
+    layout = kwargs.pop("layout", None)
+    if layout is not None:
+        kwargs["input_ids"] = layout["input_ids"]
+        kwargs["position_ids"] = layout["position_ids"]
+        kwargs["shared_prefixes"] = layout
         # transformers hands a 4-D mask on as it is, and our attention does not read it: any will do
-        kwargs["attention_mask"] = plan["input_ids"][None, None]
+        kwargs["attention_mask"] = layout["input_ids"][None, None]
     return args, kwargs
 
 
@@ -4652,9 +4798,9 @@ def unpack_hidden_states(
     backbone: torch.nn.Module, args: tuple, kwargs: dict, output: transformers.utils.ModelOutput
 ) -> transformers.utils.ModelOutput:
     """Hidden states (1, T, H) of the packed row to the padded (2B, L, H) that TRL expects."""
-    plan = kwargs.pop("shared_prefixes", None)
-    if plan is not None:
-        row_index = plan["row_index"]
+    layout = kwargs.pop("shared_prefixes", None)
+    if layout is not None:
+        row_index = layout["row_index"]
         hidden = output.last_hidden_state[0].index_select(0, row_index.flatten())
         output.last_hidden_state = hidden.view(*row_index.shape, -1)
     return output
@@ -4673,32 +4819,35 @@ def attend_packed_row(
     """Attention of a packed row: query (1, Hq, T, D), key and value (1, Hkv, T, D) to (1, T, Hq,
     D).
 
-    Calls without a plan, such as those of generation, go to SDPA as they came. Raises ValueError
+    Calls without a layout, such as those of generation, go to SDPA as they came. Raises ValueError
     for what the layer asks for beyond scale and window.
     """
     if shared_prefixes is None:
+        # token ids in the mask's place: pack_batch put them there, and the layout was lost since
+        if attention_mask is not None and attention_mask.dtype == torch.long:
+            raise ValueError("its layers do not hand keyword arguments on to their attention")
         attend = transformers.AttentionInterface()["sdpa"]
         return attend(module, query, key, value, attention_mask, **kwargs)
     for name, what in UNKNOWN_TO_KERNELS.items():
         if kwargs.get(name) is not None:
             raise ValueError(f"its attention has {what}, which the packed one has not")
 
-    plan = shared_prefixes
+    layout = shared_prefixes
     device = query.device.type
     dtype = value.dtype
     if torch.is_autocast_enabled(device):  # SDPA would cast what a norm left in float32
         dtype = torch.get_autocast_dtype(device)
     query = query[0].transpose(0, 1).to(dtype)  # (T, Hq, D)
-    key = key[0].transpose(0, 1).to(dtype).index_select(0, plan["key_index"])  # (K, Hkv, D)
-    value = value[0].transpose(0, 1).to(dtype).index_select(0, plan["key_index"])
+    key = key[0].transpose(0, 1).to(dtype).index_select(0, layout["key_index"])  # (K, Hkv, D)
+    value = value[0].transpose(0, 1).to(dtype).index_select(0, layout["key_index"])
 
     scale = kwargs.get("scaling")
     window = kwargs.get("sliding_window")  # tokens that a query sees, itself included
-    if window is not None and window >= max(plan["key_lengths"]):
+    if window is not None and window >= max(layout["key_lengths"]):
         window = None
     if kernel_takes(query, value, window):
-        return attend_with_kernel(query, key, value, plan, window, scale)[None], None
-    return attend_one_by_one(query, key, value, plan, window, scale)[None], None
+        return attend_with_kernel(query, key, value, layout, window, scale)[None], None
+    return attend_one_by_one(query, key, value, layout, window, scale)[None], None
 
 
 def kernel_takes(query: torch.Tensor, value: torch.Tensor, window: int | None) -> bool:
@@ -4717,7 +4866,7 @@ def attend_with_kernel(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    plan: dict,
+    layout: dict,
     window: int | None,
     scale: float | None,
 ) -> torch.Tensor:
@@ -4732,10 +4881,10 @@ def attend_with_kernel(
         query,
         key,
         value,
-        plan["query_bounds"],
-        plan["key_bounds"],
-        max(plan["query_lengths"]),
-        max(plan["key_lengths"]),
+        layout["query_bounds"],
+        layout["key_bounds"],
+        max(layout["query_lengths"]),
+        max(layout["key_lengths"]),
         **options,
     )
 
@@ -4744,16 +4893,16 @@ def attend_one_by_one(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    plan: dict,
+    layout: dict,
     window: int | None,
     scale: float | None,
 ) -> torch.Tensor:
     """SDPA sequence after sequence: (T, Hq, D), (K, Hkv, D) twice to (T, Hq, D)."""
     outputs = []
     sequences = zip(
-        query.split(plan["query_lengths"]),
-        key.split(plan["key_lengths"]),
-        value.split(plan["key_lengths"]),
+        query.split(layout["query_lengths"]),
+        key.split(layout["key_lengths"]),
+        value.split(layout["key_lengths"]),
         strict=True,
     )
     for some_queries, keys, values in sequences:

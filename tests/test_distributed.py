@@ -290,7 +290,7 @@ def tell_sizes(program):
     training_step = program.PreferenceTrainer.training_step
 
     def told(self, model, inputs, *args):
-        tokens = torch.tensor(inputs["plan"]["query_lengths"]).view(-1, 2).sum(1)
+        tokens = torch.tensor(inputs["layout"]["query_lengths"]).view(-1, 2).sum(1)
         print("a pass of", *tokens.tolist())
         return training_step(self, model, inputs, *args)
 

@@ -353,11 +353,11 @@ def test_activations_are_what_autograd_keeps(bf16):
             model.base_model(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
-                plan=batch["plan"],
+                layout=batch["layout"],
                 use_cache=False,
             )
 
-    tokens = batch["plan"]["input_ids"].numel()
+    tokens = batch["layout"]["input_ids"].numel()
     _, estimate = make_pass(config, rows=8, length=tokens // 8, bf16=bf16)
     assert estimate == pytest.approx(keep_bytes(policy, run) * (tokens // 8 * 8) / tokens, rel=0.08)
 
@@ -400,8 +400,21 @@ def test_parts_of_the_memory_are_those_of_the_weights(plan, tmp_path):
     assert parts["optimizer"] == pytest.approx(8 * trained / 2**30, abs=0.06)
     assert number(text, r"memory +([\d.]+) GiB") == pytest.approx(sum(parts.values()), abs=0.4)
     assert memory(plan(model=model, reference="copy", **ON_A_GPU))["reference"] == parts["weights"]
-    kept = memory(plan(model=model, **ON_A_GPU | {"gradient_checkpointing": False}))["activations"]
-    assert kept > 2 * parts["activations"]
+
+
+def test_memory_is_told_with_and_without_checkpointing(plan, tmp_path):
+    """Each plan names the total that the other one has."""
+    model = make_config(tmp_path / "big", **BIG | {"intermediate_size": 8192})
+    changes = ON_A_GPU | {"max_length": 2048}
+    texts = {
+        on: plan(model=model, **changes | {"gradient_checkpointing": on}) for on in (True, False)
+    }
+    totals = {on: number(text, r"memory +([\d.]+) GiB") for on, text in texts.items()}
+    assert number(texts[True], r"GiB \(([\d.]+) without gradient_checkpointing") == totals[False]
+    assert number(texts[False], r"GiB \(([\d.]+) with gradient_checkpointing") == totals[True]
+    kept = {on: memory(text)["activations"] for on, text in texts.items()}
+    assert kept[False] > 2 * kept[True]
+    assert totals[False] - totals[True] == pytest.approx(1.1 * (kept[False] - kept[True]), rel=0.1)
 
 
 def test_quantised_models_weigh_less(plan, tmp_path, monkeypatch):

@@ -283,16 +283,16 @@ def near_in_half_precision(ours, stock, exact):
     assert errors[0] <= 2 * errors[1] + 0.02
 
 
-# ----------------------------------------------------------------------------------------- the plan
+# --------------------------------------------------------------------------------------- the layout
 
 
-def plan_of(examples, padding=0):
+def layout_of(examples, padding=0):
     batch = DataCollatorForPreference(0, 24)([dict(example) for example in examples])
     ids, mask = (
         torch.nn.functional.pad(batch[name], (0, padding))
         for name in ("input_ids", "attention_mask")
     )
-    return ids, mask, dpotrainer.plan_packed_row(ids, mask)
+    return ids, mask, dpotrainer.lay_out_packed_row(ids, mask)
 
 
 tokens = st.lists(
@@ -302,15 +302,15 @@ answers = st.lists(st.integers(3, 5), min_size=1, max_size=9)
 some_pairs = st.lists(st.builds(pair, tokens, answers, answers), min_size=1, max_size=6)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(some_pairs, st.integers(0, 3))
-def test_plan_holds_every_token_once_and_its_keys(examples, padding):
-    ids, mask, plan = plan_of(examples, padding)
+def test_layout_holds_every_token_once_and_its_keys(examples, padding):
+    ids, mask, layout = layout_of(examples, padding)
     count, rows = len(examples), [row[keep.bool()].tolist() for row, keep in zip(ids, mask)]
-    places = [row[keep.bool()].tolist() for row, keep in zip(plan["row_index"], mask)]
-    packed, positions = plan["input_ids"][0].tolist(), plan["position_ids"][0].tolist()
-    assert plan["row_index"].shape == ids.shape and plan["row_index"].min() >= 0
-    assert plan["row_index"].max() < len(packed) == len(positions)
+    places = [row[keep.bool()].tolist() for row, keep in zip(layout["row_index"], mask)]
+    packed, positions = layout["input_ids"][0].tolist(), layout["position_ids"][0].tolist()
+    assert layout["row_index"].shape == ids.shape and layout["row_index"].min() >= 0
+    assert layout["row_index"].max() < len(packed) == len(positions)
     for row, place in zip(
         rows, places
     ):  # each row reads its own tokens, each at the position it has in its row
@@ -327,34 +327,36 @@ def test_plan_holds_every_token_once_and_its_keys(examples, padding):
     sequences = [
         place for both_places in zip(places[:count], places[count:]) for place in both_places
     ]
-    queries, keys = plan["query_bounds"].tolist(), plan["key_bounds"].tolist()
+    queries, keys = layout["query_bounds"].tolist(), layout["key_bounds"].tolist()
     for i, place in enumerate(sequences):
-        own_keys = plan["key_index"][keys[i] : keys[i + 1]].tolist()
+        own_keys = layout["key_index"][keys[i] : keys[i + 1]].tolist()
         for query in range(queries[i], queries[i + 1]):  # causal, aligned at the bottom right
             seen = own_keys[: len(own_keys) - (queries[i + 1] - 1 - query)]
             assert seen == place[: place.index(query) + 1]
-        assert plan["query_lengths"][i] == queries[i + 1] - queries[i]
-        assert plan["key_lengths"][i] == keys[i + 1] - keys[i] == len(place)
+        assert layout["query_lengths"][i] == queries[i + 1] - queries[i]
+        assert layout["key_lengths"][i] == keys[i + 1] - keys[i] == len(place)
     assert (
         queries[0] == keys[0] == 0
         and queries[-1] == len(packed)
-        and keys[-1] == len(plan["key_index"])
+        and keys[-1] == len(layout["key_index"])
     )
 
 
-def test_plan_is_ready_for_the_kernel_and_never_makes_the_host_wait():
-    _, _, plan = plan_of(random_pairs(3, seed=5))
-    assert plan["query_bounds"].dtype == plan["key_bounds"].dtype == torch.int32
+def test_layout_is_ready_for_the_kernel_and_never_makes_the_host_wait():
+    _, _, layout = layout_of(random_pairs(3, seed=5))
+    assert layout["query_bounds"].dtype == layout["key_bounds"].dtype == torch.int32
     assert all(
-        type(length) is int for name in ("query", "key") for length in plan[f"{name}_lengths"]
+        type(length) is int for name in ("query", "key") for length in layout[f"{name}_lengths"]
     )
-    assert min(plan["query_lengths"]) >= 1
+    assert min(layout["query_lengths"]) >= 1
 
 
-def test_plan_points_padding_at_different_places():
-    _, mask, plan = plan_of([pair([3], [4], [5]), pair(range(3, 13), range(13, 23), range(23, 33))])
-    padding = plan["row_index"][mask == 0]
-    assert padding.bincount().max() <= math.ceil(mask.numel() / plan["input_ids"].numel())
+def test_layout_points_padding_at_different_places():
+    _, mask, layout = layout_of(
+        [pair([3], [4], [5]), pair(range(3, 13), range(13, 23), range(23, 33))]
+    )
+    padding = layout["row_index"][mask == 0]
+    assert padding.bincount().max() <= math.ceil(mask.numel() / layout["input_ids"].numel())
 
 
 def test_collator_adds_one_entry_that_survives_the_way_to_the_model():
@@ -364,29 +366,29 @@ def test_collator_adds_one_entry_that_survives_the_way_to_the_model():
     examples = random_pairs(3, seed=6)
     stock = DataCollatorForPreference(0, 24)(examples)
     batch = dpotrainer.SharedPrefixCollator(0, 24)(examples)
-    assert batch.keys() == stock.keys() | {"plan"}
+    assert batch.keys() == stock.keys() | {"layout"}
     assert all(torch.equal(batch[name], stock[name]) for name in stock)
     for moved in (
         send_to_device(batch, "cpu"),
         _to_kwargs((), batch, torch.device("cpu"), False)[1][0],
     ):
-        assert moved["plan"].keys() == batch["plan"].keys()
-        assert moved["plan"]["query_lengths"] == batch["plan"]["query_lengths"]
-        assert torch.equal(moved["plan"]["key_index"], batch["plan"]["key_index"])
+        assert moved["layout"].keys() == batch["layout"].keys()
+        assert moved["layout"]["query_lengths"] == batch["layout"]["query_lengths"]
+        assert torch.equal(moved["layout"]["key_index"], batch["layout"]["key_index"])
 
 
 # ------------------------------------------------------------------------------------ the attention
 
 
-def dense_attention(query, key, value, plan, scaling=8**-0.5, window=None):
+def dense_attention(query, key, value, layout, scaling=8**-0.5, window=None):
     """Each query against its keys one by one, in float64, straight from the definition."""
     groups = query.shape[1] // key.shape[1]
-    keys = plan["key_bounds"].tolist()
-    queries = plan["query_bounds"].tolist()
+    keys = layout["key_bounds"].tolist()
+    queries = layout["query_bounds"].tolist()
     outputs = []
     for i, (first, end) in enumerate(itertools.pairwise(queries)):
         for row in range(first, end):
-            seen = plan["key_index"][keys[i] : keys[i + 1] - (end - 1 - row)]
+            seen = layout["key_index"][keys[i] : keys[i + 1] - (end - 1 - row)]
             if window is not None:
                 seen = seen[-window:]
             k, v = (x[0][:, seen].repeat_interleave(groups, 0) for x in (key, value))
@@ -398,16 +400,16 @@ def dense_attention(query, key, value, plan, scaling=8**-0.5, window=None):
 @pytest.mark.parametrize("window", [None, 1, 2, 5, 100])
 @pytest.mark.parametrize("name", BATCHES)
 def test_attention_is_that_of_each_row_alone(name, window):
-    _, _, plan = plan_of(BATCHES[name])
-    size = plan["input_ids"].shape[1]
+    _, _, layout = layout_of(BATCHES[name])
+    size = layout["input_ids"].shape[1]
     torch.manual_seed(0)
     inputs = [
         torch.randn(1, heads, size, 8, dtype=torch.float64, requires_grad=True)
         for heads in (4, 2, 2)
     ]
-    options = {"shared_prefixes": plan, "scaling": 0.5, "sliding_window": window}
+    options = {"shared_prefixes": layout, "scaling": 0.5, "sliding_window": window}
     ours, weights = dpotrainer.attend_packed_row(None, *inputs, None, **options)
-    dense = dense_attention(*inputs, plan, scaling=0.5, window=window)
+    dense = dense_attention(*inputs, layout, scaling=0.5, window=window)
     assert weights is None and ours.shape == (1, size, 4, 8)
     torch.testing.assert_close(ours, dense)
     upstream = torch.randn_like(dense)
@@ -418,10 +420,10 @@ def test_attention_is_that_of_each_row_alone(name, window):
 
 @pytest.mark.parametrize("option", dpotrainer.UNKNOWN_TO_KERNELS)
 def test_attention_refuses_what_it_would_leave_out(option):
-    _, _, plan = plan_of(random_pairs(2, seed=8))
-    inputs = [torch.randn(1, 2, plan["input_ids"].shape[1], 8) for _ in range(3)]
+    _, _, layout = layout_of(random_pairs(2, seed=8))
+    inputs = [torch.randn(1, 2, layout["input_ids"].shape[1], 8) for _ in range(3)]
     with pytest.raises(ValueError, match="attention has"):
-        dpotrainer.attend_packed_row(None, *inputs, None, shared_prefixes=plan, **{option: 30.0})
+        dpotrainer.attend_packed_row(None, *inputs, None, shared_prefixes=layout, **{option: 30.0})
 
 
 def test_attention_without_a_plan_is_sdpa():
@@ -437,11 +439,11 @@ def test_attention_without_a_plan_is_sdpa():
 
 
 def test_attention_casts_what_a_norm_left_in_float32_as_autocast_would():
-    _, _, plan = plan_of(random_pairs(2, seed=8))
-    size = plan["input_ids"].shape[1]
+    _, _, layout = layout_of(random_pairs(2, seed=8))
+    size = layout["input_ids"].shape[1]
     query, key, value = (torch.randn(1, heads, size, 8) for heads in (4, 2, 2))
     run = functools.partial(
-        dpotrainer.attend_packed_row, None, attention_mask=None, shared_prefixes=plan
+        dpotrainer.attend_packed_row, None, attention_mask=None, shared_prefixes=layout
     )
     assert run(query, key, value.bfloat16())[0].dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
@@ -453,39 +455,39 @@ def test_attention_casts_what_a_norm_left_in_float32_as_autocast_would():
 @pytest.mark.parametrize("window", [None, 4])
 def test_kernel_is_asked_for_the_window(monkeypatch, window):
     """A stand-in, since the kernel needs a GPU: bottom-right causal, `before` keys back."""
-    _, _, plan = plan_of(random_pairs(3, seed=9))
+    _, _, layout = layout_of(random_pairs(3, seed=9))
 
     def varlen_attn(
         query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa, scale=None
     ):
-        assert (max_q, max_k) == (max(plan["query_lengths"]), max(plan["key_lengths"]))
-        assert cu_seq_q is plan["query_bounds"] and cu_seq_k is plan["key_bounds"]
+        assert (max_q, max_k) == (max(layout["query_lengths"]), max(layout["key_lengths"]))
+        assert cu_seq_q is layout["query_bounds"] and cu_seq_k is layout["key_bounds"]
         before, after = window_size
         assert after == 0 and enable_gqa
         kept = None if before == -1 else before + 1
-        return dpotrainer.attend_one_by_one(query, key, value, plan, kept, scale)
+        return dpotrainer.attend_one_by_one(query, key, value, layout, kept, scale)
 
     monkeypatch.setattr(dpotrainer, "varlen_attn", varlen_attn)
     monkeypatch.setattr(dpotrainer, "kernel_takes", lambda *_: True)
-    inputs = [torch.randn(1, heads, plan["input_ids"].shape[1], 8) for heads in (4, 2, 2)]
-    options = {"shared_prefixes": plan, "scaling": 8**-0.5, "sliding_window": window}
+    inputs = [torch.randn(1, heads, layout["input_ids"].shape[1], 8) for heads in (4, 2, 2)]
+    options = {"shared_prefixes": layout, "scaling": 8**-0.5, "sliding_window": window}
     ours, _ = dpotrainer.attend_packed_row(None, *inputs, None, **options)
-    torch.testing.assert_close(ours, dense_attention(*inputs, plan, window=window))
+    torch.testing.assert_close(ours, dense_attention(*inputs, layout, window=window))
 
 
 def test_kernel_of_an_older_torch_is_asked_in_its_words(monkeypatch):
     """torch 2.10 says is_causal, and knows no windows."""
-    _, _, plan = plan_of(random_pairs(3, seed=9))
+    _, _, layout = layout_of(random_pairs(3, seed=9))
 
     def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
         assert is_causal
-        return dpotrainer.attend_one_by_one(query, key, value, plan, None, None)
+        return dpotrainer.attend_one_by_one(query, key, value, layout, None, None)
 
     monkeypatch.setattr(dpotrainer, "varlen_attn", varlen_attn)
-    inputs = [torch.randn(plan["input_ids"].shape[1], heads, 8) for heads in (4, 2, 2)]
-    query, key, value = inputs[0], inputs[1][plan["key_index"]], inputs[2][plan["key_index"]]
-    ours = dpotrainer.attend_with_kernel(query, key, value, plan, None, 8**-0.5)
-    dense = dense_attention(*(x.transpose(0, 1)[None] for x in inputs), plan)
+    inputs = [torch.randn(layout["input_ids"].shape[1], heads, 8) for heads in (4, 2, 2)]
+    query, key, value = inputs[0], inputs[1][layout["key_index"]], inputs[2][layout["key_index"]]
+    ours = dpotrainer.attend_with_kernel(query, key, value, layout, None, 8**-0.5)
+    dense = dense_attention(*(x.transpose(0, 1)[None] for x in inputs), layout)
     torch.testing.assert_close(ours[None], dense)
 
 
@@ -549,7 +551,7 @@ def test_log_probs_are_those_of_each_row_alone_in_float64(architecture):
     packed = tiny_model(architecture).double()
     dpotrainer.share_prefixes(packed)
     logits = packed(
-        **{name: batch[name] for name in ("input_ids", "attention_mask", "plan")}
+        **{name: batch[name] for name in ("input_ids", "attention_mask", "layout")}
     ).logits
     for row, keep, ours in zip(batch["input_ids"], batch["attention_mask"], logits):
         ids = row[keep.bool()]
@@ -564,14 +566,14 @@ def test_token_of_one_row_bears_on_no_other_row():
     model = tiny_model()
     dpotrainer.share_prefixes(model)
     examples = random_pairs(3, seed=14, longest=6)
-    ids, mask, plan = plan_of(examples)
-    tail = sum(plan["query_lengths"][:3])  # the first place of pair 1's tail
-    changed = {**plan, "input_ids": plan["input_ids"].clone()}
+    ids, mask, layout = layout_of(examples)
+    tail = sum(layout["query_lengths"][:3])  # the first place of pair 1's tail
+    changed = {**layout, "input_ids": layout["input_ids"].clone()}
     changed["input_ids"][0, tail] = (changed["input_ids"][0, tail] + 1) % VOCABULARY
     run = functools.partial(model.base_model, input_ids=ids, attention_mask=mask)
-    before, after = (run(plan=each).last_hidden_state for each in (plan, changed))
+    before, after = (run(layout=each).last_hidden_state for each in (layout, changed))
     moved = (before != after).any(-1) & mask.bool()
-    first = plan["position_ids"][0, tail]
+    first = layout["position_ids"][0, tail]
     expected = torch.zeros_like(moved)
     expected[4, first:] = mask[4, first:].bool()
     assert torch.equal(moved, expected)
@@ -685,7 +687,7 @@ def test_compiled_model_gives_the_same():
     compiled = torch.compile(model, backend="eager")
     for seed in (21, 22):
         batch = dpotrainer.SharedPrefixCollator(0, 24)(random_pairs(2, seed=seed))
-        batch = {name: batch[name] for name in ("input_ids", "attention_mask", "plan")}
+        batch = {name: batch[name] for name in ("input_ids", "attention_mask", "layout")}
         torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
     torch._dynamo.reset()
 
@@ -703,8 +705,8 @@ def test_packed_row_is_what_runs(both):
     batch = both[1].data_collator(BATCHES["truncation"])
     both[1].compute_loss(both[1].model, batch)
     handle.remove()
-    assert set(seen) == {((1, batch["plan"]["input_ids"].numel(), 32), 1)}  # policy and reference
-    assert batch["plan"]["input_ids"].numel() < batch["attention_mask"].sum()
+    assert set(seen) == {((1, batch["layout"]["input_ids"].numel(), 32), 1)}  # policy and reference
+    assert batch["layout"]["input_ids"].numel() < batch["attention_mask"].sum()
 
 
 # ------------------------------------------------------------------------- all that must not change
@@ -725,7 +727,7 @@ def test_generation_is_untouched(architecture):
 def test_call_without_a_plan_is_untouched():
     plain, shared = tiny_model(), tiny_model()
     dpotrainer.share_prefixes(shared)
-    ids, mask, _ = plan_of(random_pairs(3, seed=23))
+    ids, mask, _ = layout_of(random_pairs(3, seed=23))
     assert torch.equal(
         plain(ids, attention_mask=mask).logits, shared(ids, attention_mask=mask).logits
     )
@@ -733,11 +735,11 @@ def test_call_without_a_plan_is_untouched():
 
 def test_sharing_twice_is_sharing_once():
     model = tiny_model()
-    ids, mask, plan = plan_of(random_pairs(3, seed=24))
+    ids, mask, layout = layout_of(random_pairs(3, seed=24))
     dpotrainer.share_prefixes(model)
-    once = model(ids, attention_mask=mask, plan=plan).logits
+    once = model(ids, attention_mask=mask, layout=layout).logits
     dpotrainer.share_prefixes(model)
-    assert torch.equal(model(ids, attention_mask=mask, plan=plan).logits, once)
+    assert torch.equal(model(ids, attention_mask=mask, layout=layout).logits, once)
 
 
 def test_copied_model_runs_its_own_weights():
@@ -747,10 +749,10 @@ def test_copied_model_runs_its_own_weights():
     model = tiny_model()
     dpotrainer.share_prefixes(model)
     twin = copy.deepcopy(model)
-    ids, mask, plan = plan_of(random_pairs(2, seed=25))
-    before = twin(ids, attention_mask=mask, plan=plan).logits
+    ids, mask, layout = layout_of(random_pairs(2, seed=25))
+    before = twin(ids, attention_mask=mask, layout=layout).logits
     torch.nn.init.zeros_(model.base_model.layers[0].mlp.down_proj.weight)
-    assert torch.equal(twin(ids, attention_mask=mask, plan=plan).logits, before)
+    assert torch.equal(twin(ids, attention_mask=mask, layout=layout).logits, before)
 
 
 def test_saved_model_keeps_no_trace(tmp_path):
@@ -766,7 +768,8 @@ def test_saved_model_keeps_no_trace(tmp_path):
 def a_job(**changes):
     """The settings that the proof reads."""
     ours = {"share_prefixes": True, "attn_implementation": None, "router_aux_loss_coef": None}
-    ours |= {"disable_dropout": True, "bf16": False, "fp16": False, "max_length": 64, **changes}
+    ours |= {"disable_dropout": True, "bf16": False, "fp16": False, "max_length": 64}
+    ours |= {"device": torch.device("cpu"), **changes}
     parts = SimpleNamespace(**ours)
     return SimpleNamespace(settings=parts, model_args=parts, training_args=parts)
 
@@ -866,18 +869,12 @@ def test_what_cannot_be_made_small_says_so():
     config = AutoConfig.for_model("nemotron")  # without num_key_value_heads, as no real one is
     with pytest.raises(ValueError, match="a nemotron cannot be made small: "):
         dpotrainer.make_miniature(config)
-    assert check(config).line.startswith("rows apart: a miniature of the model fails: ")
-
-
-def vision_config():
-    config = tiny_model().config
-    return SimpleNamespace(get_text_config=lambda: config)
+    assert check(config).line.startswith("rows apart: a nemotron cannot be made small: ")
 
 
 REFUSED = {
     "`share_prefixes: false`": lambda: (config_of("qwen3"), {"share_prefixes": False}),
     "`attn_implementation`": lambda: (config_of("qwen3"), {"attn_implementation": "sdpa"}),
-    "vision": lambda: (vision_config(), {}),
     "linear_attention": lambda: (AutoConfig.for_model("qwen3_next"), {}),
     "chunked_attention": lambda: (AutoConfig.for_model("llama4_text"), {}),
     "dropout": lambda: (config_of("qwen3", attention_dropout=0.1), {"disable_dropout": False}),
@@ -886,6 +883,7 @@ REFUSED = {
     "soft-capping": lambda: (config_of("gemma2", head_dim=8), {}),
     "sinks": lambda: (AutoConfig.for_model("gpt_oss", router_aux_loss_coef=0.0), {}),
     "cannot be replaced": lambda: (config_of("falcon"), {}),
+    "keyword arguments": lambda: (config_of("nemotron", num_key_value_heads=2, head_dim=8), {}),
 }
 
 
@@ -899,7 +897,7 @@ def test_stepping_aside_says_why_in_one_line(reason):
 
 
 def drop_keywords(model):
-    """As Nemotron: its attention can be replaced, but never sees the plan."""
+    """As Nemotron: its attention can be replaced, but never sees the layout."""
     for layer in model.model.layers:
         layer.self_attn.register_forward_pre_hook(
             lambda module, args, kwargs: (
@@ -1005,20 +1003,20 @@ def test_a_wrong_plan_is_far_beyond_the_tolerance(architecture, wrong, monkeypat
     config = AutoConfig.for_model(architecture)
     config.vocab_size = VOCABULARY
     assert check(config).is_used
-    plan_right = dpotrainer.plan_packed_row
+    lay_out_right = dpotrainer.lay_out_packed_row
 
-    def plan_wrong(*batch):
-        plan = plan_right(*batch)
-        tail = plan["query_bounds"][-2]  # its first token
+    def lay_out_wrong(*batch):
+        layout = lay_out_right(*batch)
+        tail = layout["query_bounds"][-2]  # its first token
         if wrong == "key_index":
-            plan["key_index"][-2] -= 1
+            layout["key_index"][-2] -= 1
         elif wrong == "row_index":
-            plan["row_index"][-1][plan["row_index"][-1] == tail] -= 1
+            layout["row_index"][-1][layout["row_index"][-1] == tail] -= 1
         else:
-            plan[wrong][0, tail] -= 1
-        return plan
+            layout[wrong][0, tail] -= 1
+        return layout
 
-    monkeypatch.setattr(dpotrainer, "plan_packed_row", plan_wrong)
+    monkeypatch.setattr(dpotrainer, "lay_out_packed_row", lay_out_wrong)
     sharing = check(config)
     found = re.search(r"differ by (\S+)", sharing.line)
     assert not sharing.is_used and float(found[1]) > 100 * dpotrainer.MINIATURE_TOLERANCE
@@ -1035,13 +1033,35 @@ def test_the_real_model_is_proven_in_its_own_dtype(dtype):
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_a_miniature_stands_in_for_a_sharded_model(monkeypatch):
+    """No process has all weights then: the model itself must not be run before training."""
+    model = tiny_model().bfloat16()
+
+    def refuse(*_):
+        raise AssertionError("the sharded model was run")
+
+    hook = model.base_model.register_forward_pre_hook(refuse)
+    monkeypatch.setattr(dpotrainer, "is_sharded", lambda: True)
+    arguments = (model, a_job(bf16=True), a_start(model.config), preferences())
+    sharing = dpotrainer.prove_sharing(*arguments)
+    assert sharing.is_used and model.config._attn_implementation == "shared_prefixes"
+    hook.remove()
+    batch = dpotrainer.SharedPrefixCollator(0)(random_pairs(2, seed=31))
+    assert dpotrainer.run_packed_row(model, batch).shape[:2] == batch["input_ids"].shape
+
+    monkeypatch.setattr(dpotrainer, "attend_one_by_one", refuse)
+    sharing = dpotrainer.prove_sharing(*arguments)
+    assert not sharing.is_used and sharing.line.startswith("rows apart: AssertionError")
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_a_kernel_that_is_wrong_is_found_in_bf16(monkeypatch):
     """As a window that counts one token less would be, on the device alone."""
     model = tiny_model("mistral").bfloat16()
     stock = dpotrainer.attend_one_by_one
 
-    def off_by_one(query, key, value, plan, window, scale):
-        return stock(query, key, value, plan, window - 1, scale)
+    def off_by_one(query, key, value, layout, window, scale):
+        return stock(query, key, value, layout, window - 1, scale)
 
     monkeypatch.setattr(dpotrainer, "attend_one_by_one", off_by_one)
     sharing = dpotrainer.prove_sharing(
@@ -1054,8 +1074,8 @@ def test_a_kernel_that_is_wrong_is_found_in_bf16(monkeypatch):
 FAST_TYPES = {  # whether it shares
     **dict.fromkeys(["mistral", "gemma3_text", "olmo3", "cohere2", "exaone4", "phi3"], True),
     **dict.fromkeys(["qwen2", "qwen3", "granite", "granitemoehybrid", "gpt2", "opt"], True),
-    **dict.fromkeys(["mixtral", "deepseek_v3"], True),
-    **dict.fromkeys(["nemotron", "doge", "gemma2", "gpt_oss", "qwen3_next"], False),
+    **dict.fromkeys(["mixtral", "deepseek_v3", "gemma3"], True),  # the last one sees images too
+    **dict.fromkeys(["nemotron", "doge", "gemma2", "gpt_oss"], False),
 }
 
 
@@ -1093,9 +1113,9 @@ def test_mixture_of_experts_without_router_loss_is_exact(tmp_path):
             dpotrainer.share_prefixes(policy)
         torch.manual_seed(7)
         policy = get_peft_model(policy, attention)
-        ids, mask, plan = plan_of(random_pairs(3, seed=26))
+        ids, mask, layout = layout_of(random_pairs(3, seed=26))
         outputs.append(
-            policy(input_ids=ids, attention_mask=mask, plan=plan if share else None).logits[
+            policy(input_ids=ids, attention_mask=mask, layout=layout if share else None).logits[
                 mask.bool()
             ]
         )
@@ -1180,32 +1200,36 @@ def gpu_trainers(tmp_path, dtype, **options):
     ]
 
 
-def to_gpu(plan):
+def to_gpu(layout):
     from accelerate.utils import send_to_device
 
-    return send_to_device(plan, "cuda")
+    return send_to_device(layout, "cuda")
 
 
 @pytest.mark.cuda
 @on_gpu
+@pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (4, 1)], ids=str)
 @pytest.mark.parametrize("name", BATCHES)
-def test_kernel_agrees_with_one_sequence_after_the_other(name, heads):
+def test_kernel_agrees_with_one_sequence_after_the_other(name, heads, window):
     if not has_kernel:
         pytest.skip("the variable-length kernel needs compute capability 8.0")
-    plan = to_gpu(plan_of(BATCHES[name])[2])
+    layout = to_gpu(layout_of(BATCHES[name])[2])
     torch.manual_seed(0)
-    size, dtype = plan["input_ids"].shape[1], torch.bfloat16
+    size, dtype = layout["input_ids"].shape[1], torch.bfloat16
     query, key, value = (
         torch.randn(1, n, size, 64, device="cuda") for n in (heads[0], heads[1], heads[1])
     )
     exact = [x.to(dtype).float().requires_grad_() for x in (query, key, value)]
     half = [x.to(dtype).requires_grad_() for x in (query, key, value)]
-    assert dpotrainer.kernel_takes(half[0], half[2]) and not dpotrainer.kernel_takes(
-        exact[0], exact[2]
-    )
+    assert dpotrainer.kernel_takes(half[0], half[2], None)
+    assert not dpotrainer.kernel_takes(exact[0], exact[2], None)
     attend = functools.partial(
-        dpotrainer.attend_packed_row, None, attention_mask=None, shared_prefixes=plan
+        dpotrainer.attend_packed_row,
+        None,
+        attention_mask=None,
+        shared_prefixes=layout,
+        sliding_window=window,
     )
     for scaling in (64**-0.5, 0.2):
         slow, fast = attend(*exact, scaling=scaling)[0], attend(*half, scaling=scaling)[0]
@@ -1255,13 +1279,13 @@ def test_gpu_step_in_bf16_is_as_near_as_stock(name, tmp_path):
 def test_packed_backbone_never_waits_for_the_gpu(dtype):
     model = tiny_model(head_dim=64).to("cuda", dtype)
     dpotrainer.share_prefixes(model)
-    ids, mask, plan = plan_of(random_pairs(4, seed=29))
-    ids, mask, plan = ids.cuda(), mask.cuda(), to_gpu(plan)
+    ids, mask, layout = layout_of(random_pairs(4, seed=29))
+    ids, mask, layout = ids.cuda(), mask.cuda(), to_gpu(layout)
     for mode in ("default", "error"):  # once for what is set up at first use
         torch.cuda.set_sync_debug_mode(mode)
         try:
             model.base_model(
-                input_ids=ids, attention_mask=mask, plan=plan
+                input_ids=ids, attention_mask=mask, layout=layout
             ).last_hidden_state.sum().backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -1281,15 +1305,15 @@ def test_generation_on_the_gpu_is_untouched(dtype):
 
 @pytest.mark.cuda
 @on_gpu
-def test_plan_comes_through_pinned_memory():
+def test_layout_comes_through_pinned_memory():
     examples = random_pairs(4, seed=30)
     collator = dpotrainer.SharedPrefixCollator(0, 24)
     batch = next(
         iter(torch.utils.data.DataLoader(examples, 4, collate_fn=collator, pin_memory=True))
     )
-    plan = collator(examples)["plan"]
+    layout = collator(examples)["layout"]
     assert (
-        batch["plan"]["input_ids"].is_pinned()
-        and list(batch["plan"]["key_lengths"]) == plan["key_lengths"]
+        batch["layout"]["input_ids"].is_pinned()
+        and list(batch["layout"]["key_lengths"]) == layout["key_lengths"]
     )
-    assert torch.equal(to_gpu(batch["plan"])["key_index"].cpu(), plan["key_index"])
+    assert torch.equal(to_gpu(batch["layout"])["key_index"].cpu(), layout["key_index"])

@@ -46,27 +46,35 @@ WINDOWS = {  # windows that a default configuration leaves out
     "exaone4": {"sliding_window": 4096, "sliding_window_pattern": 4},
 }
 PAIRS = 20
-SECONDS = 120  # for a type
+SECONDS = 240  # for a type
 LIBRARIES = ("torch", "transformers", "trl", "peft")
 EXPLANATION = """\
 Made by `model_types.py`. Each type's default configuration is made small by `make_miniature`, saved
 with a tokenizer, and trained as any model: two steps of the command with LoRA on all linear layers,
-sigmoid loss, float32 on a CPU, no router loss. The first loss has to be ln 2 = 0.693147. Then the
-adapter gets a B other than zero; `loss` and `gradient` are what shared prefixes differ by from rows
-apart on the same four pairs, the gradient relative to its norm."""
+sigmoid loss, float32 on a CPU, no router loss. Where a configuration asks for one, the next column
+says whether TRL can compute it, or is refused with it. The first loss has to be ln 2 = 0.693147.
+Then the adapter gets a B other than zero; `loss` and `gradient` are what shared prefixes differ by
+from rows apart on the same four pairs, the gradient relative to its norm."""
 
 
-def save_model(kind: str, folder: Path) -> None:
-    """A small model of a type, with a tokenizer of some hundred tokens."""
-    config = AutoConfig.for_model(kind, **COMPLETE.get(kind, {}), **WINDOWS.get(kind, {}))
+def save_config(kind: str, folder: Path, **changes) -> transformers.PretrainedConfig:
+    """A type's default configuration, with a tokenizer of some hundred tokens."""
+    config = AutoConfig.for_model(kind, **COMPLETE.get(kind, {}) | WINDOWS.get(kind, {}) | changes)
     tokenizer = tiny.make_tokenizer()
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         part.vocab_size = len(tokenizer)
         part.pad_token_id = tokenizer.pad_token_id
         part.eos_token_id = tokenizer.eos_token_id
-        part.bos_token_id = None
-    dpotrainer.make_miniature(config).save_pretrained(folder)
+        part.bos_token_id = tokenizer.eos_token_id
+    config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return config
+
+
+def save_model(kind: str, folder: Path) -> None:
+    """A small model of a type."""
+    config = save_config(kind, folder)
+    dpotrainer.make_miniature(config).save_pretrained(folder)
 
 
 def run_batch(trainer: dpotrainer.PreferenceTrainer) -> tuple[float, torch.Tensor]:
@@ -113,14 +121,19 @@ def move_adapter(trainer) -> None:
             torch.nn.init.normal_(weight, std=0.05)
 
 
+def make_files(kind: str, folder: Path) -> None:
+    """A small model of a type, and pairs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(kind, folder)
+    tiny.make_pairs(folder / "pairs.jsonl", PAIRS)
+
+
 def measure(kind: str, folder: Path) -> dict:
     """Sharing's line, the first loss, and how far shared prefixes are from rows apart.
 
     Raises whatever the program raises.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    save_model(kind, folder)
-    tiny.make_pairs(folder / "pairs.jsonl", PAIRS)
+    make_files(kind, folder)
     sharing, trainer = build_trainer(folder, True)
     found = {"sharing": sharing.line, "first loss": run_batch(trainer)[0]}
     if sharing.is_used:
@@ -136,13 +149,30 @@ def measure(kind: str, folder: Path) -> dict:
 
 
 def run_program(folder: Path) -> str:
-    """Two steps through the command, with an evaluation: "ok", or the last line that it prints."""
+    """Two steps through the command, with an evaluation: "ok", or what it says at its end."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         status = dpotrainer.run(make_flags(folder, True))
     if status == 0:
         return "ok"
-    return printed.getvalue().strip().rpartition("dpotrainer: ")[2].splitlines()[0]
+    told = printed.getvalue().rpartition("dpotrainer: ")[2].replace(str(folder), "FOLDER")
+    return "refused: " + " ".join(told.split())
+
+
+def try_router_loss(folder: Path) -> str:
+    """Whether TRL has a router loss for a type whose configuration asks for one."""
+    job = dpotrainer.read_settings(make_flags(folder, True))
+    job.training_args.router_aux_loss_coef = None
+    start = dpotrainer.load_start(job)
+    if dpotrainer.find_router_weight(job, start.config) == 0:
+        return ""
+    preferences = dpotrainer.load_preferences(job, start.tokenizer)
+    try:
+        dpotrainer.check_architecture(job, start, preferences)
+    except dpotrainer.UserError as error:
+        assert str(error).startswith("router_aux_loss_coef="), error
+        return "refused"
+    return "ok"
 
 
 def give_up(number: int, frame: object) -> None:
@@ -151,17 +181,25 @@ def give_up(number: int, frame: object) -> None:
 
 def describe(kind: str, folder: Path) -> str:
     """A line of the table."""
-    columns = {"type": kind, "run": "", "sharing": "", "first loss": "", "loss": "", "gradient": ""}
+    names = ("type", "run", "router loss", "sharing", "first loss", "loss", "gradient")
+    columns = dict.fromkeys(names, "") | {"type": kind}
     signal.signal(signal.SIGALRM, give_up)
     signal.alarm(SECONDS)
     try:
-        found = measure(kind, folder)
-        columns["sharing"] = found["sharing"].replace("shared, checked: log-probs", "shared:")
-        columns["first loss"] = f"{found['first loss']:.6f}"
-        if "loss" in found:
-            columns["loss"] = f"{found['loss']:.0e}"
-            columns["gradient"] = f"{found['gradient']:.0e}"
+        make_files(kind, folder)
+    except Exception as error:
+        columns["run"] = f"not built: {str(error).strip().partition(chr(10))[0][:120]}"
+        return join(columns)
+    try:
         columns["run"] = run_program(folder)
+        if columns["run"] == "ok":
+            columns["router loss"] = try_router_loss(folder)
+            found = measure(kind, folder)
+            columns["sharing"] = found["sharing"].replace("shared, checked: log-probs", "shared:")
+            columns["first loss"] = f"{found['first loss']:.6f}"
+            if "loss" in found:
+                columns["loss"] = f"{found['loss']:.0e}"
+                columns["gradient"] = f"{found['gradient']:.0e}"
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(last.filename).name}:{last.lineno}"
@@ -169,12 +207,16 @@ def describe(kind: str, folder: Path) -> str:
         columns["run"] = f"{type(error).__name__} in {where}: {told}"
     finally:
         signal.alarm(0)
+    return join(columns)
+
+
+def join(columns: dict[str, str]) -> str:
     return "| " + " | ".join(text.replace("|", "/") for text in columns.values()) + " |"
 
 
 HEADER = """\
-| type | two steps of the program | sharing | first loss | loss | gradient |
-|---|---|---|---|---|---|"""
+| type | two steps of the program | own router loss | sharing | first loss | loss | gradient |
+|---|---|---|---|---|---|---|"""
 TITLE = "## Model types"
 
 
@@ -197,10 +239,18 @@ def main() -> None:
     results = HERE / "RESULTS.md"
     before = results.read_text("utf-8").partition(f"\n{TITLE}\n")[0]
     versions = ", ".join(f"{library} {version(library)}" for library in LIBRARIES)
-    text = (
-        f"{before}\n{TITLE}\n\n{EXPLANATION}\n\n{versions}\n\n" + "\n".join([HEADER, *lines]) + "\n"
+    trained = sum(line.split(" | ")[1] == "ok" for line in lines)
+    shared = sum("| shared: " in line for line in lines)
+    built = len(lines) - sum("| not built: " in line for line in lines)
+    refused = sum("| refused: " in line for line in lines)
+    summary = f"{built} of {len(lines)} types can be built small. {trained} train: {shared} with "
+    summary += (
+        f"shared prefixes, {trained - shared}\nwith rows apart. {refused} are refused before "
     )
-    results.write_text(text, "utf-8")
+    summary += "any weight is read."
+    table = "\n".join([HEADER, *lines])
+    parts = [f"{before}\n{TITLE}", EXPLANATION, versions, summary, table]
+    results.write_text("\n\n".join(parts) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -69,8 +69,10 @@ def make_batch(examples, shared, max_length):
 
 
 def run_backbone(policy, batch):
-    """The layers' hidden states: rows padded, or packed where the batch has a plan."""
-    given = {name: batch[name] for name in ("input_ids", "attention_mask", "plan") if name in batch}
+    """The layers' hidden states: rows padded, or packed where the batch has a layout."""
+    given = {
+        name: batch[name] for name in ("input_ids", "attention_mask", "layout") if name in batch
+    }
     with torch.autocast("cpu", torch.bfloat16):
         return policy.get_base_model().base_model(**given, use_cache=False).last_hidden_state
 
@@ -136,7 +138,7 @@ def estimate_peak(config, examples, shared, checkpointing=False, max_length=2048
     rows, length = batch["input_ids"].shape
     if shared:
         rows //= 2
-        length = math.ceil(batch["plan"]["input_ids"].numel() / rows)
+        length = math.ceil(batch["layout"]["input_ids"].numel() / rows)
     policy = build_policy(config, shared=False, checkpointing=False)
     size = dpotrainer.Pass(rows, length, scored=0)
     args = DPOConfig("unused", bf16=True, use_cpu=True, gradient_checkpointing=checkpointing)
@@ -144,7 +146,7 @@ def estimate_peak(config, examples, shared, checkpointing=False, max_length=2048
     if not checkpointing:
         return kept
     inputs = config.num_hidden_layers * rows * length * config.hidden_size * 2
-    return inputs + 1.3 * kept / config.num_hidden_layers
+    return inputs + dpotrainer.WITH_GRADIENTS * kept / config.num_hidden_layers
 
 
 def read_pairs(path, tokenizer, count):

@@ -242,7 +242,7 @@ def measure_peak(trainer, batches, arguments):
     be known.
     """
     batches, reset = map(trainer.data_collator, batches), Path("/proc/self/clear_refs")
-    largest = max(batches, key=lambda batch: batch.get("plan", batch)["input_ids"].numel())
+    largest = max(batches, key=lambda batch: batch.get("layout", batch)["input_ids"].numel())
     if arguments.keep_memory:
         keep_memory(False)
     if arguments.device == "cuda":
@@ -308,7 +308,7 @@ def count_work(base, lora_weights, batches, arguments):
     )
     for examples in batches:
         batch = collator(examples)
-        lengths = list(zip(batch["plan"]["query_lengths"], batch["plan"]["key_lengths"]))
+        lengths = list(zip(batch["layout"]["query_lengths"], batch["layout"]["key_lengths"]))
         work["pairs"] += len(examples)
         work["computed"] += batch["input_ids"].numel()
         work["needed"] += sum(queries for queries, _ in lengths)
@@ -340,7 +340,7 @@ def count_waiting(dataset, arguments):
     largest pass]}.
     """
     collator, size = dpotrainer.SharedPrefixCollator(0, arguments.max_length), arguments.per_device
-    needed = np.array([sum(collator([pair])["plan"]["query_lengths"]) for pair in dataset])
+    needed = np.array([sum(collator([pair])["layout"]["query_lengths"]) for pair in dataset])
     step = min(
         arguments.global_batch,
         len(needed) // (size * arguments.processes) * size * arguments.processes,
