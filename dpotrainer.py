@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     job = read_settings(argv)
     start = load_start(job)
     preferences = load_preferences(job, start.tokenizer)
-    check_lengths(job, start, preferences)
+    check_pairs(job, start, preferences)
     check_architecture(job, start, preferences)
     sharing = check_sharing(job, start, preferences)
     print_plan(job, start, preferences, sharing)
@@ -246,7 +246,7 @@ class Job(NamedTuple):
     model_args: ModelConfig
     training_args: DPOConfig
     mixture_args: DatasetMixtureConfig
-    remarks: list[str]  # that this machine has no GPU, where a dry run only says so
+    missing_gpu: str  # why this machine has no GPU, where a dry run only says so; else ""
     layers: dict[
         str, str
     ]  # setting: where it was given: "constant BETA", "file my.yaml", "flag --beta"
@@ -472,22 +472,37 @@ def read_settings(argv: list[str] | None) -> Job:
     check_combinations(draft)
     derive_batch(draft)
     check_packages(draft)
-    remarks = check_gpu(draft)
+    missing_gpu = check_gpu(draft)
     if draft.problems:
         raise UserError("\n".join(draft.problems))
-    return make_job(draft, remarks)
+    return make_job(draft, missing_gpu)
 
 
-def make_job(draft: Draft, remarks: list[str]) -> Job:
+def make_job(draft: Draft, missing_gpu: str) -> Job:
     """The settings as objects of their classes; what one of these finds wrong is a UserError."""
     # `accelerate launch` sets it from its file, and autocast would be on although bf16 is false
     if not draft.values["bf16"] and not draft.values["fp16"]:
         os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     try:
-        # DPOConfig(beta=..., loss_type=..., bf16=..., gradient_checkpointing=..., ...) among them
-        return Job(*draft.parser.parse_dict(draft.values), remarks, draft.layers)
+        # beta, loss_type, max_length, learning_rate, bf16, gradient_checkpointing and 140 more
+        training_args = DPOConfig(**pick(draft, DPOConfig))
+        return Job(
+            Settings(**pick(draft, Settings)),
+            ScriptArguments(**pick(draft, ScriptArguments)),
+            ModelConfig(**pick(draft, ModelConfig)),
+            training_args,
+            DatasetMixtureConfig(**pick(draft, DatasetMixtureConfig)),
+            missing_gpu,
+            draft.layers,
+        )
     except (ValueError, ImportError) as error:
         raise UserError(f"settings: {error}") from error
+
+
+def pick(draft: Draft, part: type) -> dict[str, Any]:
+    """The values that one of the five classes takes."""
+    fields = dataclasses.fields(part)
+    return {field.name: draft.values[field.name] for field in fields if field.init}
 
 
 def take_constants(draft: Draft) -> None:
@@ -829,19 +844,19 @@ def check_packages(draft: Draft) -> None:
         draft.refuse("report_to", f"{tracker} is not installed; `pip install {tracker}`")
 
 
-def check_gpu(draft: Draft) -> list[str]:
-    """The GPU that a run needs; that there is none is a remark, returned, where nothing is run."""
+def check_gpu(draft: Draft) -> str:
+    """The GPU that a run needs; why there is none is returned where nothing is run, else ""."""
     values = draft.values
     if values["use_cpu"]:
-        return []
+        return ""
     if not torch.cuda.is_available():
         lacking = explain_missing_gpu()
         if values["dry_run"]:
             values["use_cpu"] = True
             values["tf32"] = None
-            return [lacking]
+            return lacking
         draft.problems.append(lacking)
-        return []
+        return ""
     if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
         draft.problems.append(
             "several GPUs but one process; `accelerate launch --config_file "
@@ -849,7 +864,7 @@ def check_gpu(draft: Draft) -> list[str]:
         )
     if values["bf16"] and not torch.cuda.is_bf16_supported(including_emulation=False):
         draft.refuse("bf16", "needs an Ampere GPU (2020); `--fp16 true --bf16 false`")
-    return []
+    return ""
 
 
 def explain_missing_gpu() -> str:
@@ -1949,13 +1964,8 @@ def load_start(job: Job) -> Start:
     if job.model_args.dtype == "auto":
         job.model_args.dtype = str(config.dtype or torch.float32).removeprefix("torch.")
 
-    # SFT may have saved the adapter alone: then the tokenizer is the base's
-    has_own_tokenizer = not os.path.isdir(name) or Path(name, "tokenizer_config.json").exists()
     try:
-        if has_own_tokenizer:
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(base_name, revision=base_revision)
+        tokenizer = load_tokenizer(name, revision, adapter)
     except (OSError, ValueError) as error:
         raise UserError(f"model_name_or_path={name}: no tokenizer: {first_line(error)}") from error
     tokenizer.pad_token = job.training_args.pad_token or tokenizer.pad_token or tokenizer.eos_token
@@ -1984,6 +1994,17 @@ def load_adapter_config(name: str, revision: str | None) -> peft.PeftConfig | No
     if find_adapter_config_file(name, revision=revision) is None:
         return None
     return peft.PeftConfig.from_pretrained(name, revision=revision)
+
+
+def load_tokenizer(
+    name: str, revision: str | None, adapter: peft.PeftConfig | None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model; that of the base where SFT has saved the adapter alone."""
+    has_none = os.path.isdir(name) and not Path(name, "tokenizer_config.json").exists()
+    if has_none and adapter is not None:
+        name = adapter.base_model_name_or_path
+        revision = adapter.revision
+    return AutoTokenizer.from_pretrained(name, revision=revision)
 
 
 def count_positions(config: transformers.PretrainedConfig) -> float:
@@ -2117,18 +2138,20 @@ def find_reference_problems(job: Job, start: Start) -> list[str]:
         return []
     try:
         adapter = load_adapter_config(name, None)
-        base = name if adapter is None else adapter.base_model_name_or_path
-        config = transformers.AutoConfig.from_pretrained(base)
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        base = name
+        revision = None
+        if adapter is not None:
+            base = adapter.base_model_name_or_path
+            revision = adapter.revision
+        config = transformers.AutoConfig.from_pretrained(base, revision=revision)
+        tokenizer = load_tokenizer(name, None, adapter)
     except (OSError, ValueError) as error:
         return [
             f"ref_model_name_or_path={name}: cannot be read: {first_line(error)}; {hub_advice()}"
         ]
-    same_vocabulary = (
-        config.get_text_config().vocab_size == start.config.get_text_config().vocab_size
-    )
-    same_tokenizer = tokenizer.get_vocab() == start.tokenizer.get_vocab()
-    if not same_vocabulary or not same_tokenizer:
+    embedded = config.get_text_config().vocab_size
+    has_same_size = embedded == start.config.get_text_config().vocab_size
+    if not has_same_size or tokenizer.get_vocab() != start.tokenizer.get_vocab():
         return [
             f"ref_model_name_or_path={name}: has another vocabulary than the policy; take a model "
             "of the same family"
@@ -2136,11 +2159,15 @@ def find_reference_problems(job: Job, start: Start) -> list[str]:
     return []
 
 
-def check_lengths(job: Job, start: Start, preferences: Preferences) -> None:
-    """Refuse rows that have more tokens than the model has positions; max_length was compared
-    before.
-    """
-    if job.training_args.max_length is not None:
+def check_pairs(job: Job, start: Start, preferences: Preferences) -> None:
+    """Raise UserError where the pairs do not go with the settings or with the model's positions."""
+    args = job.training_args
+    if preferences.held_out is None and args.load_best_model_at_end:
+        name = "load_best_model_at_end=True"
+        if job.settings.early_stopping_patience is not None:
+            name = f"early_stopping_patience={job.settings.early_stopping_patience}"
+        raise UserError(f"{name}: no pairs are held out to compare by; set eval_pairs")
+    if args.max_length is not None:  # it was compared when it was read
         return
     splits = [preferences.train]
     if preferences.held_out is not None:
@@ -2440,8 +2467,8 @@ class PreferenceTrainer(DPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # not that they are computed before training: TRL reads the reference's log-probs from the
-        # batch, where add_reference puts them
+        # TRL's switch for: the batch brings the reference's log-probs. Here it always does, see
+        # add_reference.
         self.precompute_ref_logps = True
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
@@ -2682,8 +2709,8 @@ def print_plan(job: Job, start: Start, preferences: Preferences, sharing: "Shari
         *describe_cost(job, start, policy, passes, steps),
         *wrap("output", args.output_dir),
     )
-    for remark in job.remarks:
-        say(*wrap("!", remark))
+    if job.missing_gpu:
+        say(*wrap("!", job.missing_gpu))
     if job.settings.dry_run:
         say(*describe_pair(start.tokenizer, preferences.train[0], args.max_length))
 
@@ -2865,18 +2892,20 @@ def describe_cost(
     except Exception as error:  # a model may need values where there are only shapes
         return wrap("!", f"operations and memory could not be counted: {first_line(error)}")
 
-    forwards = "policy, reference, backward"  # back as forth: the weights are frozen
+    # backward costs what forward does: the weights are frozen
+    runs = ["policy", "reference", "backward"]
     if args.gradient_checkpointing:
-        forwards += ", recomputation"
-    layers = len(forwards.split(",")) * operations / max(tokens)  # for each token
-    head = 4 * 2 * policy.get_base_model().get_output_embeddings().weight.numel()  # it recomputes
+        runs.append("recomputation")
+    per_token = len(runs) * operations / max(tokens)
+    # the head always recomputes: four runs, of two operations a weight
+    per_scored_token = 4 * 2 * policy.get_base_model().get_output_embeddings().weight.numel()
     scored = sum(each.scored for each in passes)
     pairs = len(passes) * args.per_device_train_batch_size
-    per_pair = (layers * sum(tokens) + head * scored) / pairs
+    per_pair = (per_token * sum(tokens) + per_scored_token * scored) / pairs
     trained_pairs = steps * job.settings.global_batch_size
     text = (
         f"{trained_pairs * per_pair:.2g} operations = {trained_pairs:,} (pairs) x {per_pair:.3g} "
-        f"({forwards})"
+        f"({', '.join(runs)})"
     )
     if is_for_gpu(job):
         hours = []
@@ -2891,8 +2920,8 @@ def describe_cost(
 
 
 def is_for_gpu(job: Job) -> bool:
-    """Whether the run is meant for a GPU: a dry run where there is none has remarked on it."""
-    return not job.training_args.use_cpu or bool(job.remarks)
+    """Whether the run is meant for a GPU, be there one here or not."""
+    return not job.training_args.use_cpu or job.missing_gpu != ""
 
 
 def estimate_memory(
@@ -3261,8 +3290,10 @@ def rehearse(job: Job, start: Start, preferences: Preferences) -> None:
             try:
                 run_miniature(small_job, shorten_preferences(preferences))
             except Exception as error:
-                status = max(2, getattr(error, "status", 2))  # a signal's is above 128
-                raise UserError(explain_rehearsal(error, job), status) from error
+                status = getattr(error, "status", 2)
+                if status > 128:
+                    raise UserError("the rehearsal was interrupted", status) from error
+                raise UserError(explain_rehearsal(error, job)) from error
     if obstacle is not None:
         say(*wrap("!", f"not rehearsed: {obstacle}"))
         return
@@ -3271,19 +3302,29 @@ def rehearse(job: Job, start: Start, preferences: Preferences) -> None:
             say(line)
     told = (
         f"in {time.monotonic() - began_at:.0f} s: a miniature with {REHEARSED_PAIRS} pairs cut to "
-        f"{REHEARSED_TOKENS} tokens a part, two steps, evaluation, checkpoint, resume, samples, "
-        "saving, loading"
+        f"{REHEARSED_TOKENS} tokens a part, {', '.join(list_rehearsed(job, preferences))}"
     )
-    if job.settings.merge:
-        told += ", merging"
-    if lacks_gpu(job):
+    if job.missing_gpu:
         told += "; without a GPU not its kernels, fp16, quantisation, offloading, torch_compile"
     say(*wrap("rehearsed", told))
 
 
-def lacks_gpu(job: Job) -> bool:
-    """Whether a run that is meant for a GPU is rehearsed on a CPU."""
-    return is_for_gpu(job) and job.training_args.device.type != "cuda"
+def list_rehearsed(job: Job, preferences: Preferences) -> list[str]:
+    """What of a run there is to rehearse under its settings."""
+    args = job.training_args
+    done = ["two steps"]
+    if args.eval_strategy != "no" and preferences.held_out is not None:
+        done.append("evaluation")
+    if args.save_strategy != "no":
+        done += ["checkpoint", "resume"]
+    if job.settings.sample_prompts and preferences.held_out is not None and not is_sharded():
+        done.append("samples")
+    done.append("saving")
+    if not is_sharded():
+        done.append("loading")
+    if job.settings.merge:
+        done.append("merging")
+    return done
 
 
 @contextlib.contextmanager
@@ -3315,6 +3356,8 @@ def save_miniature(job: Job, start: Start, folder: Path) -> str | None:
         make_room(model, start.tokenizer)
         policy = peft.get_peft_model(model, choose_lora(job, start))
     except Exception as error:  # of an odd architecture, or of LoRA's place in so few layers
+        if is_disk_full(error):
+            raise
         return first_line(error)
     if start.adapter is not None and is_main_process():
         policy.save_pretrained(folder / "start")
@@ -3345,7 +3388,7 @@ def shrink_job(job: Job, start: Start, folder: Path) -> Job:
     args.dataloader_num_workers = min(1, args.dataloader_num_workers)
     args.report_to = []
     args.torch_compile = False
-    if lacks_gpu(job):
+    if job.missing_gpu:
         model_args.load_in_4bit = False
         model_args.load_in_8bit = False
         model_args.attn_implementation = None
@@ -3434,8 +3477,11 @@ def explain_rehearsal(error: Exception, job: Job) -> str:
     told = f"this run would fail, its rehearsal does in {where}: "
     if isinstance(error, UserError):
         return told + str(error)
+    told += f"{type(error).__name__}: {first_line(error)}"
     suspects = find_suspects(str(error), job)
-    return f"{told}{type(error).__name__}: {first_line(error)}\n  it may mean {suspects}"
+    if suspects:
+        told += f"\n  it may mean {suspects}"
+    return told
 
 
 def find_suspects(message: str, job: Job) -> str:

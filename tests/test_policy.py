@@ -761,6 +761,16 @@ def test_lora_on_tied_embeddings_is_not_merged(base, train):
     assert not list(output.glob("merged*"))
 
 
+@pytest.mark.parametrize(
+    "settings", [{"load_best_model_at_end": True}, {"early_stopping_patience": 2}], ids=str
+)
+def test_the_best_checkpoint_needs_pairs_to_compare_by(settings, base, data, train, tmp_path):
+    shutil.copy(data / "train.jsonl", tmp_path / "train.jsonl")
+    _, printed = train(base, status=2, data=tmp_path / "train.jsonl", eval_pairs=0, **settings)
+    name, value = next(iter(settings.items()))
+    assert f"{name}={value}: no pairs are held out" in printed and "eval_pairs" in printed
+
+
 def test_a_merge_compares_rows_that_the_model_has_positions_for(data, train, tmp_path):
     """Held-out answers may be longer than max_length; GPT-2 has no positions beyond its own."""
     model = tiny.make_model(tmp_path / "short", "gpt2", max_position_embeddings=60)

@@ -87,7 +87,7 @@ def make_job(
         model_args=ModelConfig(),
         training_args=DPOConfig(use_cpu=True, bf16=False, output_dir="unused", **training),
         mixture_args=mixture or DatasetMixtureConfig(),
-        remarks=[],
+        missing_gpu="",
         layers={},
     )
 

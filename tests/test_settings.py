@@ -919,14 +919,10 @@ def test_no_gpu_is_a_mistake_of_a_run_and_a_remark_of_a_dry_run(refuse, read, mo
     monkeypatch.setenv("PATH", "")
     only(refuse("--use_cpu", "false"), "no CUDA GPU here", "--config configs/quickstart.yaml")
     job = read("--use_cpu", "false", "--dry_run", "true", "--bf16", "true")
-    assert (
-        len(job.remarks) == 1
-        and job.remarks[0].startswith("no CUDA GPU here")
-        and job.training_args.use_cpu
-    )
+    assert job.missing_gpu.startswith("no CUDA GPU here") and job.training_args.use_cpu
     # transformers would refuse it on a CPU
-    assert read("--use_cpu", "false", "--dry_run", "true", "--tf32", "true").remarks
-    assert read("--dry_run", "true").remarks == []
+    assert read("--use_cpu", "false", "--dry_run", "true", "--tf32", "true").missing_gpu
+    assert read("--dry_run", "true").missing_gpu == ""
     lines = refuse("--use_cpu", "false", "--dry_run", "true", "--beta", "0")
     only(lines, "beta=0")
 

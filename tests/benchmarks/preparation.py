@@ -83,7 +83,7 @@ def main():
             model_args=ModelConfig(),
             training_args=args,
             mixture_args=DatasetMixtureConfig(),
-            remarks=[],
+            missing_gpu="",
             layers={},
         )
         rows = datasets.load_dataset("json", data_files=str(path), split="train")
