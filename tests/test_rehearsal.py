@@ -1,5 +1,6 @@
 """The rehearsal: what would fail later fails in the dry run, by name; what would run passes."""
 
+import errno
 import functools
 import gc
 import re
@@ -140,9 +141,11 @@ def test_one_setting_is_named_where_a_message_has_its_name_or_value(rehearse):
     ids=str,
 )
 def test_what_would_run_is_rehearsed(changes, rehearse):
-    printed = rehearse(**changes)
-    assert "rehearsed  in " in printed
+    printed = " ".join(rehearse(**changes).split())
+    assert "rehearsed in " in printed
     assert ("merging" in printed) == ("merge" in changes)
+    assert ("checkpoint, resume" in printed) == (changes.get("save_strategy") != "no")
+    assert ("evaluation, " in printed) == (changes.get("eval_strategy") != "no")
 
 
 def test_every_part_of_a_run_is_called_and_resumed(rehearse, monkeypatch):
@@ -202,7 +205,16 @@ def test_a_failure_names_where_it_came_and_a_signal_keeps_its_status(rehearse, m
         raise dpotrainer.UserError("saved at step 1", status=143)
 
     monkeypatch.setattr(dpotrainer, "train_policy", stop)
-    rehearse(status=143)
+    printed = rehearse(status=143)
+    assert "the rehearsal was interrupted" in printed and "would fail" not in printed
+
+
+def test_a_full_disk_is_no_odd_architecture(rehearse, monkeypatch):
+    def fail(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(dpotrainer, "make_room", fail)
+    assert "make room and run the same command again" in rehearse(status=1, share_prefixes=False)
 
 
 def test_an_architecture_that_cannot_be_made_small_is_told(rehearse, monkeypatch):
