@@ -32,7 +32,6 @@ if __name__ == "__main__":
     # Ctrl-C meanwhile ends the program at once, without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import collections
 import contextlib
 import copy
 import dataclasses
@@ -44,7 +43,6 @@ import hashlib
 import importlib.metadata
 import inspect
 import io
-import itertools
 import json
 import logging
 import math
@@ -967,29 +965,26 @@ class Preferences(NamedTuple):
 
 def load_preferences(job: Job, tokenizer: PreTrainedTokenizerBase) -> Preferences:
     """Read, check, tokenize and split. Raises UserError for what cannot be read."""
+    source = name_source(job)
     # the other processes find the work of the first in the cache
     with global_then_local_main_first():
         splits, remarks = read_splits(job)
-        prepared = []
-        for split, rows in splits.items():
-            try:
-                prepared.append(prepare_split(job, tokenizer, split, rows, remarks))
-            except UnicodeDecodeError as error:  # arrow finds it when a row is read, not before
-                raise UserError(explain_failure(name_source(job), error)) from error
-    train = prepared[0]
-    held_out = None
-    if len(prepared) > 1:
-        held_out = prepared[1]
-    else:
-        train, held_out = hold_out(job, train)
-    held_out_pairs = len(held_out or [])
-    source = name_source(job)
-    counts = f"{len(train):,} pairs to train on, {held_out_pairs:,} held out"
+        try:
+            prepared = [
+                prepare_split(job, tokenizer, split, rows, remarks)
+                for split, rows in splits.items()
+            ]
+        except UnicodeDecodeError as error:  # arrow finds it when a row is read, not before
+            raise UserError(explain_failure(source, error)) from error
+    if len(prepared) == 1:
+        prepared = hold_out(job, prepared[0])
+    train, held_out = prepared
+    counts = f"{len(train):,} pairs to train on, {len(held_out or []):,} held out"
     report = wrap("data", f"{source}: {counts}")
     if held_out is not None:
-        in_both = len(set(train["pair_hash"][:]).intersection(held_out["pair_hash"][:]))
+        in_both = set(train["pair_hash"][:]).intersection(held_out["pair_hash"][:])
         if in_both:
-            remarks += wrap("!", f"{in_both:,} of the held-out pairs are also trained on")
+            remarks += wrap("!", f"{len(in_both):,} of the held-out pairs are also trained on")
     return Preferences(train, held_out, report + remarks)
 
 
@@ -1001,11 +996,11 @@ def name_source(job: Job) -> str:
 def hold_out(job: Job, pairs: Dataset) -> tuple[Dataset, Dataset | None]:
     """(train, held out): by the hashes of the pairs, so that equal ones stay on one side."""
     # not through get_dataset: it draws anew in each process and each run
-    wanted = job.settings.eval_pairs
-    share = job.mixture_args.test_split_size
-    if share is not None:
-        wanted = math.ceil(share * len(pairs)) if share < 1 else int(share)
-    wanted = min(wanted, len(pairs) // 5)
+    wanted = min(job.settings.eval_pairs, len(pairs) // 5)
+    given = job.mixture_args.test_split_size
+    if given is not None:
+        wanted = int(given) if given >= 1 else math.ceil(given * len(pairs))
+        wanted = min(wanted, len(pairs) - 1)
     key = np.random.default_rng(job.training_args.seed).integers(-(2**63), 2**63)
     drawn = np.array(pairs["pair_hash"][:]) ^ key
     is_held_out = drawn < np.sort(drawn)[wanted]
@@ -1016,14 +1011,18 @@ def hold_out(job: Job, pairs: Dataset) -> tuple[Dataset, Dataset | None]:
 
 
 # ---- files and hub names
-FORMATS = {  # endings: the reader of `datasets`, and its options
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".ndjson": ("json", {}),
-    ".parquet": ("parquet", {}),
-    ".arrow": ("arrow", {}),
-    ".csv": ("csv", {"sep": ","}),
-    ".tsv": ("csv", {"sep": "\t"}),
+READERS = {  # of `datasets`, by the ending of a file
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".csv": "csv",
+    ".tsv": "csv",
+}
+SPLITS = {  # names of HuggingFaceH4's and others, in place of TRL's defaults
+    "train": ("train", "train_prefs"),
+    "test": ("test", "test_prefs", "validation"),
 }
 HUB_SECONDS = 5  # until the hub must have answered
 
@@ -1034,49 +1033,37 @@ def read_splits(job: Job) -> tuple[dict[str, Dataset], list[str]]:
         if job.mixture_args.datasets:
             for part in job.mixture_args.datasets:
                 check_hub(part.path)
-            whole = dataclasses.replace(job.mixture_args, test_split_size=None)
-            found = trl.get_dataset(whole)
-            return dict(found), []
-        found = read_source(job.script_args.dataset_name, job.script_args.dataset_config)
-    except UserError:
-        raise
+            found = trl.get_dataset(dataclasses.replace(job.mixture_args, test_split_size=None))
+        else:
+            found = read_source(job.script_args.dataset_name, job.script_args.dataset_config)
     except Exception as error:  # the network's, the hub's, arrow's, pandas'
         raise UserError(explain_failure(name_source(job), error)) from error
-    return choose_splits(job.script_args, found)
+    return choose_splits(job, found)
 
 
 def read_source(name: str, config: str | None) -> dict[str, Dataset]:
     """{split: rows} of a file, a folder or a hub name."""
     path = Path(name)
-    if path.is_file():
-        ending = find_ending(path)
-        if ending not in FORMATS:
-            raise UserError(f"dataset_name={name}: files end in {', '.join(FORMATS)} (or .gz)")
-        if path.stat().st_size == 0:
-            raise UserError(f"dataset_name={name}: the file is empty")
-        reader, options = FORMATS[ending]
-        options = read_as_text(path, options)
-        # a bracket in a name would be a pattern
-        return datasets.load_dataset(reader, data_files=glob.escape(name), **options)
-    if not path.is_dir():
+    if not path.exists():
         check_hub(name)
         return datasets.load_dataset(name, config)
     if (path / "dataset_dict.json").exists():
         return datasets.load_from_disk(name)
     if (path / "state.json").exists():
         return {"train": datasets.load_from_disk(name)}
-    files = [file for file in sorted(path.rglob("*.*")) if find_ending(file) in FORMATS]
-    endings = {find_ending(file) for file in files}
-    if not endings:
-        raise UserError(f"dataset_name={name}: no file of the folder ends in {', '.join(FORMATS)}")
-    if glob.escape(name) != name:
-        raise UserError(
-            f"dataset_name={name}: `datasets` takes brackets in a folder's name for a pattern; "
-            "rename the folder, or name a file in it"
-        )
+    files = [path, *sorted(path.rglob("*.*"))]
+    files = [file for file in files if find_ending(file) in READERS]
+    if not files:
+        raise ValueError(f"no file ends in {', '.join(READERS)} (or .gz)")
+    reader = max(READERS[find_ending(file)] for file in files)  # json, if there are tables beside
     options = {}
-    if endings in ({".csv"}, {".tsv"}):
-        options = read_as_text(files[0], FORMATS[endings.pop()][1])
+    if reader == "csv":
+        options = read_as_text(files[0])
+    pattern = glob.escape(name)  # a bracket in a name would be a pattern
+    if path.is_file():
+        return datasets.load_dataset(reader, data_files=pattern, **options)
+    if pattern != name:
+        return datasets.load_dataset(reader, data_dir=pattern, **options)
     return datasets.load_dataset(name, config, **options)
 
 
@@ -1085,13 +1072,12 @@ def find_ending(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def read_as_text(path: Path, options: dict) -> dict:
-    """Options with which a table of `path` is read as text: "None" and "007" are answers."""
-    if "sep" not in options:
-        return options
-    names = pd.read_csv(path, nrows=0, **options).columns
+def read_as_text(path: Path) -> dict:
+    """Options to read a table like that at `path` as text: "None" and "007" are answers."""
+    separator = {".csv": ",", ".tsv": "\t"}[find_ending(path)]
+    names = pd.read_csv(path, nrows=0, sep=separator).columns
     features = datasets.Features({name: datasets.Value("string") for name in names})
-    return {**options, "keep_default_na": False, "features": features}
+    return {"sep": separator, "keep_default_na": False, "features": features}
 
 
 def check_hub(name: str) -> None:
@@ -1128,89 +1114,65 @@ def explain_failure(name: str, error: Exception) -> str:
     """Why a source cannot be read, and what to do."""
     message = f"dataset_name={name} cannot be read: "
     path = Path(name)
-    if path.exists():
-        return message + (find_bad_row(path) or first_line(error.__cause__ or error))
-    return f"{message}{first_line(error)}\n{hub_advice()}"
+    if not path.exists():
+        return f"{message}{first_line(error)}\n{hub_advice()}"
+    for file in [path, *sorted(path.rglob("*.*"))]:
+        if READERS.get(file.suffix.lower()) in ("json", "csv"):
+            problem = find_bad_line(file)
+            if problem:
+                return f"{message}{file}, {problem}"
+    return message + first_line(error.__cause__ or error)
 
 
-def find_bad_row(path: Path) -> str:
-    """Where a text file at `path`, or in that folder, is broken; "" where none is."""
-    files = [path]
-    if path.is_dir():
-        files = sorted(path.rglob("*.*"))
-    for file in files:
-        if file.suffix.lower() not in FORMATS or file.suffix.lower() in (".parquet", ".arrow"):
-            continue
-        content = file.read_bytes()
-        is_one_value = file.suffix.lower() == ".json" and re.match(rb"\s*(\[|\{\s*\n)", content)
-        lines = [content] if is_one_value else content.splitlines()
-        problem = find_bad_line(lines, is_json="json" in file.suffix)
-        if problem:
-            return f"{file}, {problem}"
-    return ""
-
-
-def find_bad_line(lines: list[bytes], is_json: bool) -> str:
+def find_bad_line(path: Path) -> str:
     """The first line that is not UTF-8, not JSON, or has other keys than the first; or ""."""
-    keys = None
+    content = path.read_bytes()
+    if not content:
+        return "the file is empty"
+    lines = content.splitlines()
+    if content.startswith(b"["):  # one JSON value, not one a line
+        lines = [content]
+    keys = set()
     for number, line in enumerate(lines, 1):
         try:
             text = line.decode("utf-8-sig")
+            if "json" not in path.suffix.lower() or not text.strip():
+                continue
+            row = json.loads(text)
         except UnicodeDecodeError:
             return f"row {number}: it is not UTF-8; save it as UTF-8"
-        if not is_json or not text.strip():
-            continue
-        try:
-            row = json.loads(text)
         except ValueError as error:
             return f"row {number}: {error}"
-        if not isinstance(row, dict):
-            continue
-        if keys is not None and set(row) != keys:
-            others = ", ".join(sorted(keys.symmetric_difference(row)))
-            return f"row {number}: {others} is not in every row; give all rows the same keys"
-        keys = set(row)
+        keys = keys or set(row)
+        differing = ", ".join(sorted(keys.symmetric_difference(row)))
+        if differing:
+            return f"row {number}: {differing} is not in every row; give all rows the same keys"
     return ""
 
 
-def choose_splits(
-    script_args: ScriptArguments, found: dict[str, Dataset]
-) -> tuple[dict[str, Dataset], list[str]]:
+def choose_splits(job: Job, found: dict[str, Dataset]) -> tuple[dict[str, Dataset], list[str]]:
     """The split to train on and the one held out, if any; and a line on those that are not read."""
-    train = script_args.dataset_train_split
-    test = script_args.dataset_test_split
-    if train not in found:
-        train = f"{train}_prefs"  # HuggingFaceH4's names
-    tests = [test, f"{test}_prefs"]
-    if test == "test":
-        tests.append("validation")
-    usable_tests = [name for name in tests if name in found and name != train]
-    if train not in found or (test != "test" and not usable_tests):
+    train = job.script_args.dataset_train_split
+    test = job.script_args.dataset_test_split
+    trains = [name for name in SPLITS.get(train, [train]) if name in found]
+    tests = [name for name in SPLITS.get(test, [test]) if name in found]
+    if not trains or (not tests and test != "test"):
         raise UserError(
-            f"dataset_name={script_args.dataset_name}: has the splits {', '.join(found)}, but not "
-            f"both dataset_train_split={script_args.dataset_train_split} and "
-            f"dataset_test_split={test}"
+            f"dataset_name={name_source(job)}: has the splits {', '.join(found)}, but not "
+            f"both dataset_train_split={train} and dataset_test_split={test}"
         )
-    chosen = {train: found[train]}
-    if usable_tests:
-        chosen[usable_tests[0]] = found[usable_tests[0]]
-    unread = [f"{name} ({len(rows):,} rows)" for name, rows in found.items() if name not in chosen]
-    if not unread:
-        return chosen, []
-    return chosen, wrap("!", f"splits that are not read: {', '.join(unread)}")
+    names = trains[:1] + tests[:1]
+    unread = [f"{name} ({len(found[name]):,} rows)" for name in found if name not in names]
+    remarks = []
+    if unread:
+        remarks = wrap("!", f"splits that are not read: {', '.join(unread)}")
+    return {name: found[name] for name in names}, remarks
 
 
 # ---- columns
 SIDES = ("prompt", "chosen", "rejected")
-ROLES_OF_COLUMNS = (*SIDES, "system", "tools")
+OUR_NAMES = (*SIDES, "system", "tools", "chat_template_kwargs")
 CONVERSATIONS = ("messages", "conversations", "conversation")  # the prompt where there is none
-SCORES = (
-    ("score_chosen", "score_rejected"),
-    ("chosen_score", "rejected_score"),
-    ("chosen-rating", "rejected-rating"),
-    ("chosen_rating", "rejected_rating"),
-    ("rating_chosen", "rating_rejected"),
-)
 # what other programs call the same; a refusal ends with the setting that fits
 OTHER_NAMES = {
     "prompt": "question instruction query input input.messages context user_input problem",
@@ -1221,6 +1183,7 @@ OTHER_NAMES = {
     "system": "system_prompt sys",
     "tools": "input.tools",
 }
+WINNERS = {"winner", "better_response_id", "preference", "choice", "winner_model_a"}
 # columns that may belong to the prompt; left out, the model would see half of the question
 LIKE_A_PROMPT = set(
     "query question input instruction history context system system_prompt prompt documents images "
@@ -1228,140 +1191,124 @@ LIKE_A_PROMPT = set(
 )
 
 
-def find_columns(rows: Dataset, given: dict | None, source: str) -> dict[str, str]:
+def find_columns(sample: list[dict], given: dict | None, source: str) -> dict[str, str]:
     """{our name: column, or path into a struct}. Raises UserError where a side has none."""
     given = given or {}
-    names = rows.column_names
-    sample = rows[: min(100, len(rows))]
     for ours, path in given.items():
-        if ours not in ROLES_OF_COLUMNS:
-            raise UserError(f"columns: {ours} is none of {', '.join(ROLES_OF_COLUMNS)}")
-        is_column = path in names or path.partition(".")[0] in names
-        if not is_column or not has_cells(sample, path):
-            raise UserError(
-                f"columns: {source} has no {path} for {ours}; it has {', '.join(names)}"
-            )
-    columns = {ours: ours for ours in ROLES_OF_COLUMNS if ours in names} | given
-    conversation = [name for name in CONVERSATIONS if name in names and name not in given.values()]
-    if conversation:
-        columns["conversation"] = conversation[0]
-    answers = [read_cells(sample, columns[side]) for side in SIDES[1:] if side in columns]
-    if len(answers) < 2:
-        raise UserError(explain_columns(sample, source, columns))
-    has_prompt = "prompt" in columns or "conversation" in columns
-    is_alone = all(isinstance(cell, str) and not is_encoded(cell) for cell in answers[0])
-    if not has_prompt and is_alone:
-        raise UserError(explain_columns(sample, source, columns))
-    if any(isinstance(cell, list) and cell and isinstance(cell[0], str) for cell in answers[1]):
-        raise UserError(
-            f"{source}: rejected holds several answers; one pair for each of them is five lines, "
-            'in the README under "Your own data"'
-        )
+        if ours not in OUR_NAMES:
+            raise UserError(f"columns: {ours} is none of {', '.join(OUR_NAMES)}")
+        if path not in sample[0] and not is_filled(sample, path):
+            names = ", ".join(sample[0])
+            raise UserError(f"columns: {source} has no {path} for {ours}; it has {names}")
+    columns = {ours: ours for ours in OUR_NAMES if ours in sample[0]} | given
+    for name in CONVERSATIONS:
+        if name in sample[0] and name not in given.values():
+            columns.setdefault("conversation", name)
+    missing = [side for side in SIDES if side not in columns]
+    if missing == ["prompt"]:
+        are_texts = all(is_text(find_cell(row, columns["chosen"])) for row in sample)
+        if "conversation" in columns or not are_texts:
+            return columns
+    if missing:
+        raise UserError(f"{source}: {explain_columns(sample, columns, missing)}")
     return columns
 
 
-def has_cells(sample: dict[str, list], path: str) -> bool:
-    """Whether some cell at `path` is filled."""
-    return any(cell not in (None, []) for cell in read_cells(sample, path))
+def find_cell(row: dict, path: str) -> Any:
+    """What lies in a column, or at a dotted path in a struct; None where there is nothing."""
+    if path in row:
+        return row[path]
+    column, _, rest = path.partition(".")
+    if isinstance(row.get(column), dict):
+        return find_cell(row[column], rest)
+    return None
 
 
-def read_cells(sample: dict[str, list], path: str) -> list:
-    """The cells at `path` in a batch of rows."""
-    if path in sample:
-        return sample[path]
-    head, _, rest = path.partition(".")
-    return [dig(cell, rest) for cell in sample[head]]
+def is_filled(sample: list[dict], path: str) -> bool:
+    """Whether some row has something at `path`."""
+    return any(find_cell(row, path) not in (None, []) for row in sample)
 
 
-def dig(cell: Any, path: str) -> Any:
-    """What lies at a dotted path in a struct; None where there is no such place."""
-    for key in path.split("."):
-        if not isinstance(cell, dict):
-            return None
-        cell = cell.get(key)
-    return cell
-
-
-def explain_columns(sample: dict[str, list], source: str, columns: dict[str, str]) -> str:
-    """Why the columns are no pairs: unpaired, many answers a row, or called by other names."""
-    names = set(sample)
-    missing = [side for side in SIDES if side not in columns]
-    message = f"{source}: no column is {' or '.join(missing)}; it has {', '.join(sample)}"
-    if names & {"winner", "better_response_id", "preference", "choice", "winner_model_a"}:
-        return (
-            f'{message}\na winner column: README, "Your own data", makes pairs of it in five lines'
-        )
-    if "label" in names and len(missing) > 1:
-        return f"{message}\nunpaired answers with labels are for `trl kto`"
-    fitting = dict(columns)
-    fitting.pop("conversation", None)
+def explain_columns(sample: list[dict], columns: dict[str, str], missing: list[str]) -> str:
+    """Why the columns are no pairs: unpaired, no order, or called by other names."""
+    message = f"no column is {' or '.join(missing)}; it has {', '.join(sample[0])}\n"
+    if WINNERS.intersection(sample[0]):
+        return f'{message}a winner column: README, "Your own data", makes pairs of it in five lines'
+    if "label" in sample[0] and len(missing) > 1:
+        return f"{message}unpaired answers with labels are for `trl kto`"
+    fitting = dict.fromkeys(missing, "...")
     for ours, others in OTHER_NAMES.items():
         for name in others.split():
-            is_there = name in sample or ("." in name and name.partition(".")[0] in sample)
-            if ours not in columns and is_there and has_cells(sample, name):
+            if ours not in columns and is_filled(sample, name):
                 fitting[ours] = name
-    if set(SIDES) <= set(fitting):
-        changed = {ours: path for ours, path in fitting.items() if ours != path}
-        return f"{message}\nthis may fit: --columns '{json.dumps(changed)}'"
-    example = '{"prompt": "question", "chosen": "good", "rejected": "bad"}'
-    return f"{message}\nsay which columns hold what: --columns '{example}'"
+    return f"{message}say which columns hold what: --columns '{json.dumps(fitting)}'"
 
 
 # ---- one row: cells to turns, turns to a pair
 ROLES = {
-    "human": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "function": "tool",
+    "system": "system",
+    "developer": "developer",
+    "user": "user human prompter",
+    "assistant": "assistant gpt bot model chatgpt function_call",
+    "tool": "tool function observation",
 }
-ROLES |= {role: role for role in ("system", "developer", "user", "assistant", "tool")}
+ROLES = {name: role for role, names in ROLES.items() for name in names.split()}
 KEYS = {"from": "role", "value": "content", "text": "content"}
 TRANSCRIPT = re.compile(r"\s*Human:.*\n\r?\nAssistant:", re.DOTALL)
-CODED = re.compile(r"""\s*\[?\s*\{\s*['"](role|content|from|value)['"]\s*:""")
-INVISIBLE = dict.fromkeys([0xAD, *range(0x200B, 0x2010), 0x2060, 0xFEFF])
+JSON_TURNS = re.compile(r"""\s*\[?\s*\{\s*['"](role|content|from|value)['"]\s*:""")
+SEEN = re.compile(r"[^\s\u00ad\u200b-\u200f\u2060\ufeff]+")
+SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen-rating", "rejected-rating"),
+    ("chosen_rating", "rejected_rating"),
+    ("rating_chosen", "rating_rejected"),
+)
 
 
-def is_encoded(text: str) -> bool:
-    """Whether a text holds turns: a transcript, or messages as JSON."""
-    return bool(TRANSCRIPT.match(text) or CODED.match(text))
+class Pair(NamedTuple):
+    """What was asked, and two answers, as messages."""
+
+    prompt: list[dict]
+    chosen: list[dict]
+    rejected: list[dict]
+    remarks: list[str]  # what may be wrong
+
+
+def is_text(cell: Any) -> bool:
+    """Whether a cell is text, and neither a transcript nor messages as JSON."""
+    return isinstance(cell, str) and not TRANSCRIPT.match(cell) and not JSON_TURNS.match(cell)
 
 
 def read_turns(cell: Any, role: str) -> list[dict]:
     r"""Messages from such a list, one of them, JSON of them, "\n\nHuman: ...\n\nAssistant: ...", or
     a text, which is one turn of `role`. Raises ValueError for anything else.
     """
-    if isinstance(cell, str) and CODED.match(cell):
+    if cell is None:
+        return []
+    if isinstance(cell, str) and TRANSCRIPT.match(cell):
+        parts = re.split(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):", cell)
+        turns = zip(parts[1::2], parts[2::2])
+        cell = [{"role": name, "content": said.strip()} for name, said in turns]
+    elif isinstance(cell, str) and JSON_TURNS.match(cell):
         try:
             cell = json.loads(cell)
         except ValueError as error:
             raise ValueError(f"messages as text that is no JSON: {cell[:80]!r}") from error
-    if isinstance(cell, str) and TRANSCRIPT.match(cell):
-        parts = re.split(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):", cell)
-        names = [ROLES.get(name.lower()) for name in parts[1::2]]
-        return [make_turn(name, said.strip()) for name, said in zip(names, parts[2::2])]
-    if cell is None:
-        return []
-    if isinstance(cell, (str, int, float)):
-        return [make_turn(role, str(cell))]
+    elif not isinstance(cell, (list, dict)):
+        cell = {"role": role, "content": cell}
     if isinstance(cell, dict):
         cell = [cell]
     return [read_turn(turn) for turn in cell]
 
 
-def make_turn(role: str, content: str) -> dict:
-    """A message of text."""
-    return {"role": role, "content": content}
-
-
 def read_turn(turn: Any) -> dict:
     """A message with our names of role and content; its other keys are the template's."""
     if not isinstance(turn, dict):
-        raise ValueError(f"{str(turn)[:80]!r} stands where a message should be")
+        raise ValueError(
+            f"{str(turn)[:80]!r} stands where a message should be; where a cell holds several "
+            'answers, make a pair of each: README, "Your own data"'
+        )
     turn = {KEYS.get(key, key): value for key, value in turn.items()}
     name = str(turn.get("role")).lower()
     if name not in ROLES:
@@ -1378,362 +1325,249 @@ def join_parts(content: Any) -> str:
     """The text of a message's content, which may come in parts."""
     if content is None:
         return ""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, (int, float)):
+    if not isinstance(content, list):
         return str(content)
-    texts = []
+    text = ""
     for part in content:
-        if isinstance(part, dict) and part.get("type", "text") == "text":
-            part = part.get("text")
+        if isinstance(part, dict) and "text" in part:
+            part = part["text"]
         if not isinstance(part, str):
             raise ValueError(f"only text can be trained on, not {str(part)[:80]}")
-        texts.append(part)
-    return "".join(texts)
+        text += part
+    return text
 
 
-@dataclass
-class Pair:
-    """A row on its way from cells to tokens."""
-
-    prompt: list[dict]
-    chosen: list[dict]
-    rejected: list[dict]
-    is_raw: bool = False  # plain texts, and no chat template around them
-    dropped: str = ""  # why it is not used
-    remarks: list[str] = dataclasses.field(default_factory=list)  # what may be wrong
-    ids: list[list[int]] = dataclasses.field(default_factory=lambda: [[], [], []])  # of SIDES
-    packed_tokens: int = 0
-    pair_hash: int = 0
-
-
-def read_pair(row: dict, columns: dict[str, str], chat_strings: bool, repeats: bool) -> Pair:
-    """The pair of a row, in canonical form: each turn in the prompt or in an answer, once."""
-    cells = {ours: row.get(path, dig(row, path)) for ours, path in columns.items()}
-    if repeats:
-        cut_repeated_text(cells)
-    chosen = read_turns(cells["chosen"], "assistant")
-    rejected = read_turns(cells["rejected"], "assistant")
-    prompt = read_turns(cells.get("prompt"), "user")
-    conversation = read_turns(cells.get("conversation"), "user")
+def read_pair(cells: dict) -> Pair:
+    """Each turn of a row, once: in the prompt or in an answer."""
+    remarks = []
+    chosen = read_turns(cells.get("chosen"), "assistant")
+    rejected = read_turns(cells.get("rejected"), "assistant")
     system = read_turns(cells.get("system"), "system")
-    texts = [cells.get(side) for side in SIDES]
-    is_raw = not chat_strings and not (system and not is_blank(system))
-    is_raw = is_raw and all(isinstance(text, str) and not is_encoded(text) for text in texts)
-    pair = Pair(prompt, chosen, rejected, is_raw)
-    if not prompt:
-        pair.prompt = without_answer(conversation, chosen, rejected)
-    elif conversation and conversation not in (prompt, prompt + chosen, prompt + rejected, chosen):
-        pair.remarks.append(f"column {columns['conversation']} is not read beside the prompt")
-    part_turns(pair)
-    add_system(pair, system)
-    pair.dropped = why_unusable(pair.prompt, pair.chosen, pair.rejected)
-    compare_scores(pair, row)
-    return pair
+    conversation = read_turns(cells.get("conversation"), "user")
 
+    # what was asked may go on to an answer, or end in "\n\nAssistant:"
+    asked = read_turns(cells.get("prompt"), "user") or conversation
+    for end in (chosen, rejected, [{"role": "assistant", "content": ""}]):
+        if end and asked[-len(end) :] == end:
+            asked = asked[: -len(end)]
 
-def cut_repeated_text(cells: dict) -> None:
-    """Take a prompt of text off the answers of text that repeat it."""
-    prompt, chosen, rejected = (cells.get(side) for side in SIDES)
-    if not all(isinstance(cell, str) for cell in (prompt, chosen, rejected)):
-        return
-    if prompt and chosen.startswith(prompt) and rejected.startswith(prompt):
-        cells["chosen"] = chosen.removeprefix(prompt)
-        cells["rejected"] = rejected.removeprefix(prompt)
-
-
-def without_answer(conversation: list[dict], chosen: list[dict], rejected: list[dict]) -> list:
-    """A conversation that may end in one of the answers."""
-    for answer in (chosen, rejected):
-        if answer and conversation[-len(answer) :] == answer:
-            return conversation[: -len(answer)]
-    return conversation
-
-
-def part_turns(pair: Pair) -> None:
-    """Move to the prompt what both answers begin with, up to the last turn that asks."""
-    prompt = pair.prompt
-    if prompt and is_blank(prompt[-1:]) and prompt[-1]["role"] == "assistant":
-        prompt.pop()  # "...\n\nAssistant:"
-    is_repeated = False
-    for side in SIDES[1:]:
-        turns = getattr(pair, side)
-        if prompt and turns[: len(prompt)] == prompt:
-            setattr(pair, side, turns[len(prompt) :])
-            is_repeated = True
-    are_whole = all(turns and turns[0]["role"] in ASKING for turns in (pair.chosen, pair.rejected))
-    if are_whole and prompt and not is_repeated:
-        # whole conversations that begin otherwise: they say more than the prompt does
-        if prompt[-1] not in pair.chosen:
-            pair.remarks.append(
-                "the prompt is not in the conversations of the answers, it is not read"
-            )
+    # the prompt is what both whole conversations begin with: at least what was asked, and up to
+    # the last turn that is not the assistant's
+    first = join_turns(asked, chosen)
+    second = join_turns(asked, rejected)
+    prompt = first[: common_prefix_length(first, second)]
+    while prompt and prompt != asked and prompt[-1]["role"] == "assistant":
+        prompt.pop()
+    if not asked and all(turn["role"] != "user" for turn in prompt):
         prompt = []
-    shared = pair.chosen[: common_prefix_length(pair.chosen, pair.rejected)]
-    while shared and shared[-1]["role"] == "assistant":
-        shared.pop()
-    if any(turn["role"] == "user" for turn in shared):
-        prompt = prompt + shared
-        pair.chosen = pair.chosen[len(shared) :]
-        pair.rejected = pair.rejected[len(shared) :]
-    pair.prompt = prompt
+    chosen = first[len(prompt) :]
+    rejected = second[len(prompt) :]
+    if any(turn not in first + second for turn in asked + conversation):
+        remarks.append("turns of the prompt or conversation that the answers are without")
+
+    if prompt and system and not is_blank(system[0]):
+        if prompt[0]["role"] not in ("system", "developer"):
+            prompt = system + prompt
+        elif prompt[0]["content"] != system[0]["content"]:
+            remarks.append("the system column contradicts the system turn, it is not read")
+    return Pair(prompt, chosen, rejected, remarks)
 
 
-ASKING = ("system", "developer", "user")
+def join_turns(asked: list[dict], answer: list[dict]) -> list[dict]:
+    """A whole conversation: the answer alone may be one."""
+    if is_conversation(answer) or answer[: len(asked)] == asked:
+        return answer
+    return asked + answer
 
 
-def add_system(pair: Pair, system: list[dict]) -> None:
-    """Begin the prompt with the text of the system column."""
-    if not system or is_blank(system) or not pair.prompt:
-        return
-    if pair.prompt[0]["role"] not in ASKING[:2]:
-        pair.prompt = system + pair.prompt
-    elif pair.prompt[0]["content"] != system[0]["content"]:
-        pair.remarks.append("the system column contradicts the system turn, it is not read")
-
-
-def is_blank(turns: list[dict]) -> bool:
-    """Whether the last turn says nothing that can be seen."""
-    turn = turns[-1]
-    return not visible(turn["content"]) and not turn.get("tool_calls")
+def is_conversation(turns: list[dict]) -> bool:
+    """Whether turns begin before the answer does."""
+    return bool(turns) and turns[0]["role"] in ("system", "developer", "user")
 
 
 def visible(text: str) -> str:
-    """The text without white space and invisible characters."""
-    if not text.isascii():
-        text = text.translate(INVISIBLE)
-    return "".join(text.split())
+    """A text without white space and invisible characters."""
+    return "".join(SEEN.findall(text))
 
 
-def why_unusable(prompt: list[dict], chosen: list[dict], rejected: list[dict]) -> str:
+def is_blank(turn: dict) -> bool:
+    """Whether a turn says nothing."""
+    return not SEEN.search(turn["content"]) and not turn.get("tool_calls")
+
+
+def why_unusable(pair: Pair) -> str:
     """Why a pair teaches nothing, or "" if it is good."""
-    if not chosen or not rejected or is_blank(chosen) or is_blank(rejected):
+    prompt, chosen, rejected, _ = pair
+    if not chosen or not rejected or is_blank(chosen[-1]) or is_blank(rejected[-1]):
         return "empty side"
-    if not prompt or chosen[0]["role"] in ASKING or rejected[0]["role"] in ASKING:
+    if not prompt or is_conversation(chosen) or is_conversation(rejected):
         return "histories differ"
-    if is_blank(prompt):
+    if is_blank(prompt[-1]):
         return "empty side"
     if prompt[-1]["role"] == "assistant":
         return "prompt ends in an answer"
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
         return "no final assistant turn"
-    if [as_seen(turn) for turn in chosen] == [as_seen(turn) for turn in rejected]:
-        return "chosen equals rejected"
     return ""
 
 
-def as_seen(turn: dict) -> dict:
-    """The turn as a reader sees it."""
-    return {**turn, "content": visible(turn["content"])}
-
-
-def compare_scores(pair: Pair, row: dict) -> None:
-    """Drop ties, and mark scores that contradict the order."""
-    if pair.dropped:
-        return
-    if str(row.get("status")).lower() == "tie":
-        pair.dropped = "tied scores"
+def compare_scores(pair: Pair, row: dict) -> str:
+    """Why the scores say that a pair has no order, or ""; marks those that contradict it."""
+    margins = []
     for names in SCORES:
-        chosen, rejected = (read_number(row.get(name)) for name in names)
-        if chosen == rejected:
-            pair.dropped = "tied scores"
-        if chosen < rejected:
-            pair.remarks.append(
-                "the rejected answer has the higher score: are the columns swapped?"
-            )
+        with contextlib.suppress(TypeError, ValueError):  # no numbers
+            chosen, rejected = (float(row.get(name)) for name in names)
+            margins.append(chosen - rejected)
+    if 0 in margins or str(row.get("status")).lower() == "tie":
+        return "tied scores"
+    if any(margin < 0 for margin in margins):
+        pair.remarks.append("the rejected answer has the higher score: are the columns swapped?")
+    return ""
 
 
-def read_number(cell: Any) -> float:
-    """A score as a number; nan, which is neither equal to a number nor less, where it is none."""
-    try:
-        return float(cell)
-    except (TypeError, ValueError):
-        return math.nan
-
-
-# ---- turns to text to tokens
-RAW_ON_CHAT = (
-    "plain text without the chat template; `--chat_strings true` wraps it, as a chat model expects"
-)
-PREPARED = datasets.Features(
-    {
-        "prompt_ids": datasets.List(datasets.Value("int32")),
-        "chosen_ids": datasets.List(datasets.Value("int32")),
-        "rejected_ids": datasets.List(datasets.Value("int32")),
-        "prompt_tokens": datasets.Value("int64"),
-        "chosen_tokens": datasets.Value("int64"),
-        "rejected_tokens": datasets.Value("int64"),
-        "packed_tokens": datasets.Value("int64"),
-        "pair_hash": datasets.Value("int64"),
-        "dropped": datasets.Value("string"),
-        "remarks": datasets.List(datasets.Value("string")),
-    }
-)
-
-
+# ---- a pair to texts, texts to tokens
 class PairPreparer:
-    """Rows as they were read to the columns PREPARED, a batch at a time, for `Dataset.map`."""
+    """Rows to texts of prompt and answers, texts to tokens: for `Dataset.map`, in batches."""
 
     def __init__(
         self,
+        job: Job,
         tokenizer: PreTrainedTokenizerBase,
         columns: dict[str, str],  # {our name: column, or path into a struct}
-        repeats: bool,  # whether answers of text repeat the prompt
-        chat_strings: bool,
-        max_length: int | None,
+        sample: list[dict],  # the first rows
     ) -> None:
+        # nothing else of the job, so that other settings leave the cache valid
+        self.chat_strings = job.settings.chat_strings
+        self.max_length = job.training_args.max_length or sys.maxsize
         self.tokenizer = tokenizer
         self.columns = columns
-        self.repeats = repeats
-        self.chat_strings = chat_strings
-        self.max_length = max_length
+        # whether answers of text repeat the prompt, and not by chance ("Hi", "Hi there")
+        repeated = sum(repeats_prompt(read_cells(row, columns)) for row in sample)
+        self.repeats = repeated * 2 > len(sample)
         added = tokenizer.added_tokens_decoder.values()
-        self.special = tuple(token.content for token in added if token.special)
-        self.special_pattern = re.compile("|".join(map(re.escape, self.special)) or r"\Z\A.")
-        # TRL's own form, which renders a prompt alone as with its answer
-        self.training_template = None
+        special = [re.escape(token.content) for token in added if token.special]
+        self.special = re.compile("|".join(special) or "(?!)")
+        # what plain text begins with; a chat template writes it itself
+        self.bos = []
+        if tokenizer.bos_token_id in tokenizer("").input_ids:
+            self.bos = [tokenizer.bos_token_id]
+        # Qwen3's empty think block belongs to the prompt, unless an answer carries reasoning
+        self.forms = [{"enable_thinking": False}, {}]
         if tokenizer.chat_template is not None:
-            # ValueError: TRL has no such form
+            # TRL's form of a template, where it has one, renders a prompt alone as with its answer
             with contextlib.suppress(ValueError):
-                self.training_template = trl.get_training_chat_template(tokenizer)
+                template = trl.get_training_chat_template(tokenizer)
+                self.forms += [{**form, "chat_template": template} for form in self.forms]
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        """A dropped row has no tokens. Raises ValueError for one that cannot be read."""
-        pairs = []
-        texts = []
-        for i, index in enumerate(indices):
-            row = {name: cells[i] for name, cells in batch.items()}
-            row = remove_none_values(row)  # arrow gives every struct of a column the keys of all
-            try:
-                pair = read_pair(row, self.columns, self.chat_strings, self.repeats)
-                if not pair.dropped:
-                    texts.append(self.render(pair, row))
-            except Exception as error:  # also jinja's, and what a template raises to refuse a turn
-                # an exception class of ours would not come back from a worker process
-                raise ValueError(f"row {index + 1}: {error}") from error
-            pairs.append(pair)
-        kept = [pair for pair in pairs if not pair.dropped]
-        if kept:
-            self.tokenize(kept, texts)
-        return collect_columns(pairs)
+        """The columns of Preferences, why a row is dropped, what may be wrong with it."""
+        rows = [dict(zip(batch, cells)) for cells in zip(*batch.values())]
+        rendered = [self.read(row, index) for row, index in zip(rows, indices)]
+        prepared = self.tokenize(rendered)
+        return {name: [pair[name] for pair in prepared] for name in prepared[0]}
 
-    def render(self, pair: Pair, row: dict) -> list[str]:
-        """Texts of the prompt alone, of prompt and chosen, and of prompt and rejected."""
-        wholes = [pair.prompt + pair.chosen, pair.prompt + pair.rejected]
-        if pair.is_raw:
-            alone = pair.prompt[0]["content"]
-            texts = [alone, alone + pair.chosen[0]["content"], alone + pair.rejected[0]["content"]]
+    def read(self, row: dict, index: int) -> dict:
+        """Cells to turns to a pair to texts. Raises ValueError for a row that cannot be read."""
+        texts = ["", "", ""]
+        try:
+            cells = read_cells(row, self.columns)
+            are_texts = all(is_text(cells.get(side)) for side in SIDES)
+            if self.repeats and are_texts:
+                cells["chosen"] = cells["chosen"].removeprefix(cells["prompt"])
+                cells["rejected"] = cells["rejected"].removeprefix(cells["prompt"])
+            pair = read_pair(cells)
+            is_raw = are_texts and len(pair.prompt) == 1 and not self.chat_strings
+            dropped = why_unusable(pair) or compare_scores(pair, row)
+            if not dropped:
+                self.remark_text(pair, is_raw)
+                texts = self.render(pair, cells, is_raw)
+                if "" in texts[1:]:
+                    dropped = "empty once rendered"
+                elif visible(texts[1]) == visible(texts[2]):
+                    dropped = "chosen equals rejected"
+        except Exception as error:  # also jinja's, and what a template raises to refuse a turn
+            # an exception class of ours would not come back from a worker process
+            raise ValueError(f"row {index + 1}: {error}") from error
+        remarks = "\n".join(pair.remarks)
+        return {"texts": texts, "is_raw": is_raw, "dropped": dropped, "remarks": remarks}
+
+    def remark_text(self, pair: Pair, is_raw: bool) -> None:
+        """What may be wrong with the text itself."""
+        turns = pair.prompt + pair.chosen + pair.rejected
+        inside = set(self.special.findall("\n".join(turn["content"] for turn in turns)))
+        if inside:
+            pair.remarks.append(f"special tokens inside the text: {' '.join(sorted(inside))}")
+        elif is_raw and self.tokenizer.chat_template is not None:
+            pair.remarks.append(
+                "plain text without the chat template; `--chat_strings true` wraps it, as a chat "
+                "model expects"
+            )
+        if any(turn["role"] == "user" for turn in pair.chosen + pair.rejected):
+            pair.remarks.append("user turns inside the answers, which are then trained on")
+
+    def render(self, pair: Pair, cells: dict, is_raw: bool) -> list[str]:
+        """Texts of prompt, chosen and rejected; an empty answer stays empty."""
+        if is_raw:
+            texts = [turns[0]["content"] for turns in pair[:3]]
         else:
-            texts = self.apply_template(pair, wholes, read_json(row.get("tools")), row)
-        self.remark_text(pair)
-        return texts[:1] + [self.end_turn(text) for text in texts[1:]]
+            texts = self.apply_template(pair, cells)
+        for i in (1, 2):
+            parts = self.special.split(texts[i])
+            if not SEEN.search("".join(parts)):
+                texts[i] = ""
+            elif parts[-1].strip():  # the model must learn to stop
+                texts[i] += self.tokenizer.eos_token
+        return texts
 
-    def end_turn(self, text: str) -> str:
-        """The text with a special token at its end, which tells the model to stop."""
-        if text.rstrip().endswith(self.special):
-            return text
-        return text + self.tokenizer.eos_token
-
-    def apply_template(
-        self, pair: Pair, wholes: list[list[dict]], tools: list | None, row: dict
-    ) -> list[str]:
-        """The first rendering in which the prompt alone is the beginning of both whole texts."""
+    def apply_template(self, pair: Pair, cells: dict) -> list[str]:
+        """By the first form of the template in which the prompt alone begins both whole texts."""
         if self.tokenizer.chat_template is None:
             raise ValueError(
                 "messages need a chat template, and the tokenizer has none; start from the "
                 "instruct version, or save a chat_template.jinja beside the tokenizer"
             )
-        more = read_json(row.get("chat_template_kwargs")) or {}
-        # Qwen3's empty think block belongs to the prompt, unless an answer carries reasoning
-        attempts = [{"enable_thinking": False}, {}]
-        if self.training_template is not None:
-            attempts += [
-                {**options, "chat_template": self.training_template} for options in attempts
-            ]
-        tried = []
-        for options in attempts:
+        tools = read_json(cells.get("tools"))
+        more = read_json(cells.get("chat_template_kwargs")) or {}
+        for form in self.forms:
             render = functools.partial(
-                self.tokenizer.apply_chat_template, tools=tools, tokenize=False, **options | more
+                self.tokenizer.apply_chat_template, tools=tools, tokenize=False, **form | more
             )
-            alone = render(pair.prompt, add_generation_prompt=True)
-            texts = [alone, render(wholes[0]), render(wholes[1])]
-            if texts[1].startswith(alone) and texts[2].startswith(alone):
-                break
-            tried.append(texts)
-        else:
-            raise ValueError(explain_renderings(tried[0]))
-        if "chat_template" in options:
-            pair.remarks.append(
-                "rendered by TRL's training form of the chat template; the tokenizer's own renders "
-                "the prompt differently alone"
-            )
-        if tools and render(wholes[0], tools=None) == texts[1]:
-            pair.remarks.append("the chat template leaves the tools out")
-        if leaves_out(pair.chosen[-1], texts[1]) or leaves_out(pair.rejected[-1], texts[2]):
-            pair.remarks.append("the chat template leaves reasoning or tool calls of an answer out")
-        return texts
+            prompt = render(pair.prompt, add_generation_prompt=True)
+            chosen = render(pair.prompt + pair.chosen)
+            rejected = render(pair.prompt + pair.rejected)
+            if not chosen.startswith(prompt) or not rejected.startswith(prompt):
+                continue
+            if "chat_template" in form:
+                pair.remarks.append(
+                    "rendered by TRL's training form of the chat template; the tokenizer's own "
+                    "renders the prompt differently alone"
+                )
+            if tools and render(pair.prompt, add_generation_prompt=True, tools=None) == prompt:
+                pair.remarks.append("the chat template leaves the tools out")
+            if leaves_out(pair.chosen[-1], chosen) or leaves_out(pair.rejected[-1], rejected):
+                pair.remarks.append(
+                    "the chat template leaves reasoning or tool calls of an answer out"
+                )
+            return [prompt, chosen.removeprefix(prompt), rejected.removeprefix(prompt)]
+        raise ValueError(explain_renderings([prompt, chosen, rejected]))
 
-    def remark_text(self, pair: Pair) -> None:
-        """What may be wrong with the text itself."""
-        inside = set()
-        for turn in pair.prompt + pair.chosen + pair.rejected:
-            inside.update(self.special_pattern.findall(turn["content"]))
-        if inside:
-            pair.remarks.append(f"special tokens inside the text: {' '.join(sorted(inside))}")
-        elif pair.is_raw and self.tokenizer.chat_template is not None:
-            pair.remarks.append(RAW_ON_CHAT)
-        if any(turn["role"] == "user" for turn in pair.chosen + pair.rejected):
-            pair.remarks.append("user turns inside the answers, which are then trained on")
-
-    def tokenize(self, pairs: list[Pair], texts: list[list[str]]) -> None:
-        """Set the ids of each pair from its texts, and what follows from them."""
-        pieces = []
-        for alone, *wholes in texts:
-            # special tokens part a text: of the prompt only what follows the last one is
-            # tokenized again for each answer
-            cut = 0
-            for match in self.special_pattern.finditer(alone):
-                cut = match.end()
-            pieces += [alone, *(text[cut:] for text in (alone, *wholes))]
-        ids = self.encode(pieces)
-        for i, (pair, (alone, *wholes)) in enumerate(zip(pairs, texts)):
-            prompt, tail, *both = ids[4 * i : 4 * i + 4]
-            answers = []
-            for answer, whole in zip(both, wholes):
-                if answer[: len(tail)] == tail:
-                    answers.append(answer[len(tail) :])
-                else:
-                    # tokens merge across the boundary; in use, the answer starts with a new token
-                    answers += self.encode([whole[len(alone) :]])
-            if pair.is_raw:
-                prompt = self.add_bos(prompt)
-            pair.ids = [prompt, *answers]
-            self.measure(pair)
-
-    def measure(self, pair: Pair) -> None:
-        """Distinct tokens after the cut and a hash of them; drops a pair that is then equal."""
-        prompt, chosen, rejected = pair.ids
-        first = (prompt + chosen)[: self.max_length]
-        second = (prompt + rejected)[: self.max_length]
-        shared = min(common_prefix_length(first, second), len(first) - 1, len(second) - 1)
-        pair.packed_tokens = len(first) + len(second) - shared
-        # alike on every machine
-        both = np.array([len(prompt), len(first), *first, *second], "<i4").tobytes()
-        digest = hashlib.blake2b(both, digest_size=8).digest()
-        pair.pair_hash = int.from_bytes(digest, "little", signed=True)
-        if self.is_empty(chosen) or self.is_empty(rejected):
-            pair.dropped = "empty once rendered"
-        elif chosen == rejected:
-            pair.dropped = "chosen equals rejected"
-        elif self.max_length is not None and len(prompt) >= self.max_length:
-            pair.dropped = "prompt leaves no room"
-        elif first == second:
-            pair.dropped = "equal after truncation"
-
-    def is_empty(self, answer: list[int]) -> bool:
-        """Whether nothing was rendered but the end of a turn."""
-        is_short = len(answer) < 8
-        return is_short and not self.tokenizer.decode(answer, skip_special_tokens=True).strip()
+    def tokenize(self, rendered: list[dict]) -> list[dict]:
+        """The tokens of each pair and what follows from them; a dropped one has none."""
+        prompts, chosen, rejected = zip(*(pair["texts"] for pair in rendered))
+        # special tokens part a text: with each answer, only what follows the last one of the
+        # prompt has to be tokenized again
+        tails = [self.special.split(prompt)[-1] for prompt in prompts]
+        first = [tail + answer for tail, answer in zip(tails, chosen)]
+        second = [tail + answer for tail, answer in zip(tails, rejected)]
+        ids = self.encode([*prompts, *tails, *first, *second])  # one call is faster than four
+        count = len(rendered)
+        measured = []
+        for i, pair in enumerate(rendered):
+            prompt, tail, *wholes = ids[i::count]
+            chosen_ids = self.cut_tail(wholes[0], tail, chosen[i])
+            rejected_ids = self.cut_tail(wholes[1], tail, rejected[i])
+            measured.append(self.measure(pair, prompt, chosen_ids, rejected_ids))
+        return measured
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text."""
@@ -1741,14 +1575,57 @@ class PairPreparer:
             texts, add_special_tokens=False, return_attention_mask=False, verbose=False
         ).input_ids
 
-    def add_bos(self, prompt: list[int]) -> list[int]:
-        """The prompt of plain text with what the tokenizer begins a text with; a chat template
-        writes it itself.
-        """
-        bos = self.tokenizer.bos_token_id
-        if bos is None or bos not in self.tokenizer("").input_ids or prompt[:1] == [bos]:
-            return prompt
-        return [bos, *prompt]
+    def cut_tail(self, whole: list[int], tail: list[int], answer: str) -> list[int]:
+        """Token ids of an answer, from those of the end of its prompt and the answer."""
+        if whole[: len(tail)] == tail:
+            return whole[len(tail) :]
+        # tokens merge across the boundary; in use, the answer starts with a new token
+        return self.encode([answer])[0]
+
+    def measure(
+        self, pair: dict, prompt: list[int], chosen: list[int], rejected: list[int]
+    ) -> dict:
+        """The columns of one pair."""
+        if pair["is_raw"] and prompt[:1] != self.bos:
+            prompt = self.bos + prompt
+        first = (prompt + chosen)[: self.max_length]
+        second = (prompt + rejected)[: self.max_length]
+        dropped = pair["dropped"]
+        if not dropped and len(prompt) >= self.max_length:
+            dropped = "prompt leaves no room"
+        elif not dropped and first == second:
+            dropped = "equal after truncation"
+        # each row computes its own last token
+        shared = min(common_prefix_length(first, second), len(first) - 1, len(second) - 1)
+        # alike on every machine
+        both = np.array([len(prompt), len(first), *first, *second], "<i4").tobytes()
+        digest = hashlib.blake2b(both, digest_size=8).digest()
+        return {
+            "prompt_ids": np.array(prompt, "int32"),
+            "chosen_ids": np.array(chosen, "int32"),
+            "rejected_ids": np.array(rejected, "int32"),
+            "prompt_tokens": len(prompt),
+            "chosen_tokens": len(chosen),
+            "rejected_tokens": len(rejected),
+            "packed_tokens": len(first) + len(second) - shared,
+            "pair_hash": int.from_bytes(digest, "little", signed=True),
+            "dropped": dropped,
+            "remarks": pair["remarks"],
+        }
+
+
+def read_cells(row: dict, columns: dict[str, str]) -> dict:
+    """{our name: cell} of what is filled."""
+    cells = {ours: find_cell(row, path) for ours, path in columns.items()}
+    return remove_none_values(cells)  # arrow gives every struct of a column the keys of all
+
+
+def repeats_prompt(cells: dict) -> bool:
+    """Whether both answers are text that begins with the prompt."""
+    prompt, chosen, rejected = (cells.get(side) for side in SIDES)
+    if not prompt or not all(is_text(cell) for cell in (prompt, chosen, rejected)):
+        return False
+    return chosen.startswith(prompt) and rejected.startswith(prompt)
 
 
 def read_json(cell: Any) -> Any:
@@ -1777,20 +1654,6 @@ def explain_renderings(texts: list[str]) -> str:
     )
 
 
-def collect_columns(pairs: list[Pair]) -> dict[str, list]:
-    """The columns PREPARED of a batch."""
-    prepared = {
-        "packed_tokens": [pair.packed_tokens for pair in pairs],
-        "pair_hash": [pair.pair_hash for pair in pairs],
-        "dropped": [pair.dropped for pair in pairs],
-        "remarks": [pair.remarks for pair in pairs],
-    }
-    for i, side in enumerate(SIDES):
-        prepared[f"{side}_ids"] = [pair.ids[i] for pair in pairs]
-        prepared[f"{side}_tokens"] = [len(pair.ids[i]) for pair in pairs]
-    return prepared
-
-
 # ---- a split and its report
 def prepare_split(
     job: Job, tokenizer: PreTrainedTokenizerBase, split: str, rows: Dataset, report: list[str]
@@ -1799,30 +1662,21 @@ def prepare_split(
     source = f"{name_source(job)} ({split})"
     if len(rows) == 0:
         raise UserError(f"{source}: there are no rows")
-    columns = find_columns(rows, job.settings.columns, source)
-    read = {
-        path if path in rows.column_names else path.partition(".")[0] for path in columns.values()
-    }
-    wanted = {"status", "chat_template_kwargs"}.union(*SCORES)
-    read |= wanted.intersection(rows.column_names)
+    sample = list(rows.take(100))
+    columns = find_columns(sample, job.settings.columns, source)
+    heads = {path.partition(".")[0] for path in columns.values()}
+    read = heads.union(columns.values(), ["status"], *SCORES)
+    rows = rows.select_columns([name for name in rows.column_names if name in read])
     processes = job.training_args.dataset_num_proc
     if processes is None and len(rows) > 5000:
         processes = min(8, os.cpu_count())
-    preparer = PairPreparer(
-        tokenizer,
-        columns,
-        answers_repeat_prompt(rows[:100], columns),
-        job.settings.chat_strings,
-        job.training_args.max_length,
-    )
     try:
-        table = rows.select_columns(sorted(read)).map(
-            preparer,
+        rows = rows.map(
+            PairPreparer(job, tokenizer, columns, sample),
             batched=True,
             batch_size=256,
             with_indices=True,
-            remove_columns=sorted(read),
-            features=PREPARED,
+            remove_columns=rows.column_names,
             num_proc=processes,
             desc=f"Tokenizing {split}",
         )
@@ -1830,72 +1684,51 @@ def prepare_split(
         raise
     except ValueError as error:
         raise UserError(f"{source}, {error}") from error
-    unread = find_unread(rows, read)
+    unread = [name for name in sorted(LIKE_A_PROMPT - read) if is_filled(sample, name)]
     if unread:
-        report += wrap("!", f"{split}: columns like a prompt's that are not read: {unread}")
-    return drop_bad_pairs(job, split, table, report)
+        names = ", ".join(unread)
+        report += wrap("!", f"{split}: columns like a prompt's that are not read: {names}")
+    return drop_bad_pairs(source, split, rows, job.training_args.max_length, report)
 
 
-def answers_repeat_prompt(sample: dict[str, list], columns: dict[str, str]) -> bool:
-    """Whether most answers of text begin with the prompt."""
-    if "prompt" not in columns:
-        return False
-    cells = zip(*(read_cells(sample, columns[side]) for side in SIDES))
-    repeated = 0
-    total = 0
-    for prompt, chosen, rejected in cells:
-        total += 1
-        if all(isinstance(cell, str) and cell for cell in (prompt, chosen, rejected)):
-            repeated += chosen.startswith(prompt) and rejected.startswith(prompt)
-    return repeated * 2 > total
-
-
-def find_unread(rows: Dataset, read: set[str]) -> str:
-    """Filled columns that look like part of the prompt and are not read."""
-    names = sorted(LIKE_A_PROMPT.intersection(rows.column_names) - read)
-    sample = rows[:100]
-    return ", ".join(name for name in names if any(sample[name]))
-
-
-def drop_bad_pairs(job: Job, split: str, table: Dataset, report: list[str]) -> Dataset:
+def drop_bad_pairs(
+    source: str, split: str, rows: Dataset, max_length: int | None, report: list[str]
+) -> Dataset:
     """The good pairs; adds to `report` what was dropped, is cut, or may be wrong."""
-    reasons = np.array(table["dropped"][:])
-    good = np.flatnonzero(reasons == "")
+    table = rows.select_columns(["dropped", "remarks"]).to_pandas()
+    is_bad = table["dropped"] != ""
     dropped = []
-    for reason in sorted(set(reasons) - {""}):
-        bad = np.flatnonzero(reasons == reason)
-        first = ", ".join(str(row + 1) for row in bad[:5])
-        more = ", ..." if len(bad) > 5 else ""
-        dropped.append(f"{len(bad):,} {reason} (rows {first}{more})")
+    for reason, bad in table[is_bad].groupby("dropped"):
+        numbers = ", ".join(str(row + 1) for row in bad.index[:5])
+        if len(bad) > 5:
+            numbers += ", ..."
+        dropped.append(f"{len(bad):,} {reason} (rows {numbers})")
     if dropped:
         report += wrap("dropped", f"{split}: {'; '.join(dropped)}")
-    if len(good) * 2 < len(table):
-        raise UserError(
-            f"{name_source(job)} ({split}): too few pairs can be used, {len(good):,} of "
-            f"{len(table):,}\n" + "\n".join(report)
-        )
-    report.extend(describe_lengths(split, table, good, job.training_args.max_length))
-    pairs = table.select(good).remove_columns(["dropped", "remarks"])
+    if is_bad.mean() > 0.5:
+        counts = f"{(~is_bad).sum():,} of {len(rows):,}"
+        told = "\n".join(report)
+        raise UserError(f"{source}: too few pairs can be used, {counts}\n{told}")
+    report += describe_lengths(split, rows, max_length)
+    pairs = rows.select(np.flatnonzero(~is_bad)).remove_columns(["dropped", "remarks"])
     duplicates = len(pairs) - len(set(pairs["pair_hash"][:]))
     if duplicates:
         report += wrap("!", f"{split}: {duplicates:,} pairs repeat others")
-    remarks = collections.Counter(itertools.chain.from_iterable(table["remarks"][:]))
-    for remark, count in remarks.most_common():
-        report += wrap("!", f"{split}: {count:,} of {len(table):,} rows: {remark}")
+    remarks = table["remarks"].str.split("\n").explode()
+    for remark, count in remarks[remarks != ""].value_counts().items():
+        report += wrap("!", f"{split}: {count:,} of {len(rows):,} rows: {remark}")
     return pairs
 
 
-def describe_lengths(
-    split: str, table: Dataset, good: np.ndarray, max_length: int | None
-) -> list[str]:
+def describe_lengths(split: str, rows: Dataset, max_length: int | None) -> list[str]:
     """The share of answers that max_length cuts, and a max_length that cuts few."""
-    lengths = table.select_columns(["prompt_tokens", "chosen_tokens", "rejected_tokens"])
-    prompt, chosen, rejected = (np.array(lengths[f"{side}_tokens"][:]) for side in SIDES)
-    whole = np.stack([prompt + chosen, prompt + rejected], axis=1)
+    prompt, chosen, rejected = (np.array(rows[f"{side}_tokens"][:]) for side in SIDES)
+    whole = np.concatenate([prompt + chosen, prompt + rejected])
+    whole = whole[whole > 0]  # a dropped row has none
     if max_length is None or not (whole > max_length).any():
         return []
-    share = (whole[good] > max_length).mean()
-    enough = int(np.quantile(whole[whole > 0], 0.99, method="higher"))
+    share = (whole > max_length).mean()
+    enough = int(np.quantile(whole, 0.99, method="higher"))
     return wrap(
         "cut",
         f"{split}: {share:.1%} of the answers by max_length {max_length}; {enough} would cut less "

@@ -428,6 +428,19 @@ def test_a_tool_turn_can_be_the_last_of_the_prompt(tokenizer, tmp_path):
     )
 
 
+def test_answers_of_several_turns_are_kept_whole(tokenizer, tmp_path):
+    shared = {"chosen": assistant("let me see"), "rejected": assistant("let me see")}
+    rows = [
+        {"prompt": "q", "chosen": [assistant("hm"), assistant("a")], "rejected": "b"},
+        {side: [user("q"), turn, assistant(side)] for side, turn in shared.items()},
+    ]
+    found, _ = load(tmp_path, rows, tokenizer)
+    first, second = (shown(tokenizer, row) for row in found)
+    assert first[0] == second[0] == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    assert first[1] == "hm<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+    assert second[1] == "let me see<|im_end|>\n<|im_start|>assistant\nchosen<|im_end|>\n"
+
+
 def test_a_late_system_turn_belongs_to_the_prompt(tokenizer, tmp_path):
     prompt = [user("q"), assistant("a"), system("now in rhyme")]
     row = {"chosen": [*prompt, assistant("hey")], "rejected": [*prompt, assistant("no")]}
@@ -592,11 +605,19 @@ def test_share_of_cut_answers_and_the_length_that_would_cut_few(tokenizer, tmp_p
         (pair("<image> q", "a", "b", images=["a.png"]), "that are not read: images"),
         (
             pair("q", "a", "b", messages=[user("another"), assistant("one")]),
-            "column messages is not read beside",
+            "turns of the prompt or conversation that the answers are without",
         ),
         (
             as_h4(pair("q", "a", "b")) | {"prompt": "another"},
-            "the prompt is not in the conversations of the answers",
+            "turns of the prompt or conversation that the answers are without",
+        ),
+        (
+            {
+                "prompt": [system("s"), user("q")],
+                "chosen": [user("q"), assistant("a")],
+                "rejected": [user("q"), assistant("b")],
+            },
+            "turns of the prompt or conversation that the answers are without",
         ),
         (
             pair([system("s"), user("q")], "a", "b", system="t"),
@@ -747,7 +768,7 @@ def test_what_are_no_pairs_is_named(row, said, tokenizer, tmp_path):
     [
         (
             pair([{"role": "narrator", "content": "x"}], "a", "b"),
-            "'narrator' is no role; one of human, ",
+            "'narrator' is no role; one of system, ",
         ),
         (pair([{"role": None, "content": "x"}], "a", "b"), "'none' is no role"),
         (
@@ -802,6 +823,15 @@ def test_a_csv_file_that_is_not_utf8_is_named_with_the_row(tokenizer, tmp_path):
         load_file(path, tokenizer)
 
 
+def test_a_late_row_that_is_not_utf8_is_named(tokenizer, tmp_path):
+    lines = [json.dumps(text_row(f"q{i}")).encode() for i in range(300)]
+    lines[250] = '{"prompt": "q", "chosen": "你", "rejected": "b"}'.encode("gbk")
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(dpotrainer.UserError, match=r"pairs.jsonl, row 251: it is not UTF-8"):
+        load_file(path, tokenizer)
+
+
 def test_an_extra_key_in_a_late_row_is_named(tokenizer, tmp_path):
     rows = [
         text_row(chosen="a" * 1000) for _ in range(12_000)
@@ -824,9 +854,9 @@ def test_what_holds_no_pairs_is_refused(tokenizer, tmp_path):
     (tmp_path / "header.csv").write_text("prompt,chosen,rejected\n")
     (tmp_path / "pairs.txt").write_text("x")
     said = {
-        "folder": "no file of the folder ends in .json,",
+        "folder": "no file ends in .json,",
         "header.csv": "no data",
-        "pairs.txt": "files end in .json",
+        "pairs.txt": "no file ends in .json",
     }
     for name, words in said.items():
         with pytest.raises(dpotrainer.UserError, match=words) as error:
@@ -898,13 +928,14 @@ def test_a_saved_dict_of_splits(tokenizer, tmp_path):
     assert (len(found.train), len(found.held_out)) == (1, 1)
 
 
-def test_a_folder_with_brackets_is_told(tokenizer, tmp_path):
+def test_a_folder_with_brackets_is_read(tokenizer, tmp_path):
     folder = tmp_path / "a[1]"
     folder.mkdir()
-    expected, _ = load_file(write(folder, MANY), tokenizer)
-    assert len(expected) == 2
-    with pytest.raises(dpotrainer.UserError, match="name a file in it"):
-        load_file(folder, tokenizer)
+    expected, _ = load_file(write(folder, MANY, "train.jsonl"), tokenizer)
+    write(folder, MANY, "test.jsonl")
+    (folder / "notes.csv").write_text("a,b\n1,2\n")
+    found = dpotrainer.load_preferences(make_job(folder), tokenizer)
+    assert [*found.train] == [*found.held_out] == expected
 
 
 def test_a_folder_of_csv_files_reads_as_a_file_does(tokenizer, tmp_path):
@@ -1016,7 +1047,7 @@ def test_a_mixture_is_read_as_trl_reads_it(tokenizer, tmp_path):
     mixture = DatasetMixtureConfig(datasets=parts)
     expected = [pair(f"{name} {i}", "a", "b") for name in ("first", "second") for i in range(20)]
     assert load_file(None, tokenizer, mixture=mixture)[0] == load(tmp_path, expected, tokenizer)[0]
-    for size, count in ((0.1, 4), (3, 3)):
+    for size, count in ((0.1, 4), (3, 3), (0.4, 16)):
         mixture = DatasetMixtureConfig(datasets=parts, test_split_size=size)
         found, again = (
             dpotrainer.load_preferences(make_job(None, mixture=mixture), tokenizer)
@@ -1120,6 +1151,23 @@ def test_tools_and_template_arguments_may_be_texts(qwen, tmp_path):
     )
     thinking = pair("q", "a", "b", chat_template_kwargs={"enable_thinking": True})
     assert load(tmp_path, [thinking], qwen)[0] != plain
+
+
+def test_tools_in_a_struct_are_mapped(qwen, tmp_path):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    expected = load(tmp_path, [pair("q", "a", "b", tools=tools)], qwen)[0]
+    row = as_openai(pair("q", "a", "b"))
+    row["input"]["tools"] = tools
+    columns = OPENAI | {"tools": "input.tools"}
+    assert f"--columns '{json.dumps(columns)}'" in refused(tmp_path, [row], qwen)
+    assert load(tmp_path, [row], qwen, columns=columns)[0] == expected
+
+
+def test_a_mapped_column_may_be_empty_for_long(tokenizer, tmp_path):
+    rows = [pair(f"q{i}", "a", "b", instruction=None) for i in range(150)]
+    rows[120]["instruction"] = "Be brief."
+    found, _ = load(tmp_path, rows, tokenizer, columns={"system": "instruction"})
+    assert shown(tokenizer, found[120])[0].startswith("<|im_start|>system\nBe brief.")
 
 
 def test_a_template_that_renders_a_prompt_differently_alone_is_refused_with_both(tmp_path):
@@ -1407,14 +1455,22 @@ CELL = (
 )
 def test_no_row_ends_in_anything_but_a_result_or_our_own_error(row, template, repeats, request):
     names = {name: name for name in row}
-    prepare = dpotrainer.PairPreparer(request.getfixturevalue(template), names, repeats, False, 64)
     try:
-        result = prepare({name: [cell] for name, cell in row.items()}, [0])
+        result = prepare(request.getfixturevalue(template), row, names, 64, repeats)
     except ValueError as error:
         assert str(error).startswith("row 1: ")
         return
-    assert set(result) == set(dpotrainer.PREPARED)
     assert result["dropped"][0] or min(len(result[name][0]) for name in IDS) > 0
+
+
+def prepare(tokenizer, row, columns, max_length, repeats=False):
+    """A row as tokens, without files and caches."""
+    preparer = dpotrainer.PairPreparer(
+        make_job(None, max_length=max_length), tokenizer, columns, []
+    )
+    preparer.repeats = repeats
+    prepared = preparer({name: [cell] for name, cell in row.items()}, [0])
+    return {name: np.array(values).tolist() for name, values in prepared.items()}
 
 
 SAID = st.text(st.sampled_from("ab你🙂"), min_size=1, max_size=4)
@@ -1453,8 +1509,7 @@ def test_every_layout_is_the_rendered_text_and_only_what_is_short_is_dropped(row
         names = {name: name for name in cells if name in ("prompt", "chosen", "rejected")}
         if "conversations" in cells:
             names["conversation"] = "conversations"
-        prepare = dpotrainer.PairPreparer(qwen, names, False, False, max_length)
-        result = prepare({name: [cell] for name, cell in cells.items()}, [0])
+        result = prepare(qwen, cells, names, max_length)
         prompt, chosen, rejected = (result[name][0] for name in IDS)
         assert [prompt + chosen, prompt + rejected] == wholes
         no_room = max_length is not None and len(prompt) >= max_length
