@@ -2149,6 +2149,7 @@ def build_trainer(
     job: Job, start: Start, preferences: Preferences, sharing: "Sharing"
 ) -> "PreferenceTrainer":
     """Policy, reference and pairs in a trainer: the calls of the tutorial."""
+    spare_cpu(job.training_args)
     policy = load_policy(job, start)
     reference = load_reference(job, start)
     models = [policy] if reference is None else [policy, reference]
@@ -2196,6 +2197,16 @@ def compile_layers(model: torch.nn.Module, args: DPOConfig) -> None:
     for module in model.modules():
         if isinstance(module, transformers.modeling_layers.GradientCheckpointingLayer):
             module.compile(backend=backend, mode=args.torch_compile_mode, dynamic=True)
+
+
+def spare_cpu(args: DPOConfig) -> None:
+    """On a CPU, score the tokens of the answers alone, as TRL does on a GPU: the same results."""
+    if not args.use_cpu:
+        return
+    # Private: TRL's head leaves out what has no label where Triton runs; elsewhere it scores prompt
+    # and padding too, against the whole vocabulary, and that was half of SmolLM2's time. With a
+    # moved pin a CPU may do so again; a test counts what is scored.
+    trl.trainer.utils._use_triton = lambda device: True
 
 
 def prepare_for_trainer(job: Job, preferences: Preferences) -> DPOConfig:

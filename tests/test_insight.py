@@ -533,7 +533,7 @@ def test_the_card_names_what_is_on_the_hub(make_job, tokenizer, tmp_path):
     assert card.data.datasets == ["trl-lib/ultrafeedback_binarized"]
     assert "begun as the adapter [me/sft](https://huggingface.co/me/sft)" in text
     assert "https://huggingface.co/datasets/trl-lib/ultrafeedback_binarized" in text
-    assert "name = 'me/mine'" in text and "950 steps of 4 pairs," in text
+    assert "950 steps of 4 pairs," in text
     assert "learning rate 5e-06 (linear)" in text or "learning rate 5e-06 (cosine)" in text
 
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import real_model
 import tiny
 import yaml
 
@@ -14,10 +15,10 @@ import dpotrainer
 
 README = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
 NAMES = {*dpotrainer.HINTS, "config", "help"}
-OF_OTHERS = {  # flags of accelerate, vllm, llama.cpp, hf, sbatch, the benchmark
+OF_OTHERS = {  # flags of accelerate, pip, vllm, llama.cpp, hf, sbatch, the benchmark
     *("config_file", "machine_rank", "main_process_ip", "signal", "device", "pairs", "tokenizer"),
     *("per_device", "keep_memory", "enable-lora", "max-lora-rank", "lora-modules", "outtype"),
-    *("outfile", "exclude"),
+    *("outfile", "exclude", "no-deps"),
 }
 
 
@@ -82,6 +83,17 @@ def test_every_configuration_has_a_header_and_no_problem_of_its_own(path, model,
     read(model, "--config", path)
 
 
+def test_the_second_step_is_rehearsed_with_a_model_and_pairs_at_hand(model, tmp_path):
+    """configs/smollm2_135m.yaml as it is, but for what it takes from the hub."""
+    tiny.make_pairs(tmp_path / "pairs" / "train.jsonl", 40)
+    values = yaml.safe_load((tiny.ROOT / "configs/smollm2_135m.yaml").read_text(encoding="utf-8"))
+    values["model_name_or_path"] = str(model)
+    values["datasets"][0]["path"] = str(tmp_path / "pairs")
+    values["output_dir"] = str(tmp_path / "out")
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    assert dpotrainer.run(["--config", str(tmp_path / "mine.yaml"), "--dry_run", "true"]) == 0
+
+
 def test_sections_of_the_file_are_those_of_the_readme_and_of_the_docstring():
     source = tiny.PROGRAM.read_text(encoding="utf-8")
     rulers = re.findall(r"^# -{40,} ([a-z ]+)(?:: edit these)?$", source, flags=re.M)
@@ -98,6 +110,13 @@ def test_the_two_commands_are_one_line_each_and_ci_runs_the_second():
     assert commands[1].endswith('python -m pytest -m "not slow and not cuda"')
     script = (tiny.ROOT / ".ci/run").read_text(encoding="utf-8")
     assert 'python -m pytest -m "not slow and not cuda"' in script
+
+
+def test_readme_and_ci_fetch_the_real_model_of_the_tests():
+    script = (tiny.ROOT / ".ci/run").read_text(encoding="utf-8")
+    for command in real_model.COMMAND.split(" && "):
+        assert command.removeprefix("pip install ") in script
+    assert real_model.COMMAND in README
 
 
 def test_each_metric_of_the_log_is_explained():
