@@ -73,7 +73,6 @@ import numpy as np
 import pandas as pd
 import peft
 import torch
-import torch.nn.functional as F
 import transformers
 import trl
 import yaml
@@ -86,6 +85,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
@@ -140,8 +140,8 @@ SEED = 42  # of adapter, order and held-out pairs
 # ------------------------------------------------------------------------------------- end of edits
 # fmt: on
 
-# all of the above, and what a user adds to them; F is torch.nn.functional
-CONSTANTS = {name: value for name, value in globals().items() if name.isupper() and name != "F"}
+# all of the above, and what a user adds to them
+CONSTANTS = {name: value for name, value in globals().items() if name.isupper()}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -184,7 +184,7 @@ class UserError(Exception):
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that prints and writes."""
+    """Whether this is the process that prints and writes, one of all hosts."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -245,9 +245,8 @@ class Job(NamedTuple):
     training_args: DPOConfig
     mixture_args: DatasetMixtureConfig
     missing_gpu: str  # why this machine has no GPU, where a dry run only says so; else ""
-    layers: dict[
-        str, str
-    ]  # setting: where it was given: "constant BETA", "file my.yaml", "flag --beta"
+    # setting: where it was given, as "constant BETA", "file my.yaml" or "flag --beta"
+    origins: dict[str, str]
 
 
 CONSTANT_NAMES = {  # constants of the file, and the settings that they are
@@ -356,7 +355,7 @@ ABOVE_ZERO = (
 NOT_NEGATIVE = (
     "eval_pairs sample_prompts warmup_steps max_grad_norm seed data_seed weight_decay"
 ).split()
-INSTEAD = {  # what to use here: what other trainers, and older libraries, call it
+INSTEAD = {  # what to write here: what is written for other trainers, and for older libraries
     "model_name_or_path": "base_model model model_name model_init adapter_name_or_path",
     "dataset_name": "dataset",
     "learning_rate": "lr",
@@ -389,7 +388,7 @@ INSTEAD = {  # what to use here: what other trainers, and older libraries, call 
     "optim": "optimizer",
     "env: {WANDB_PROJECT: ...} in the file": "wandb_project",
 }
-GIVES_WAY = {  # constants, and the settings that take their place
+GIVES_WAY = {  # settings of constants: those of a file or a flag that overrule them
     "global_batch_size": "gradient_accumulation_steps",
     "dataset_name": "datasets",
     "bf16": "fp16",
@@ -410,35 +409,35 @@ class Draft:
         self.parser.set_defaults_with_config(**OUR_DEFAULTS)
         self.defaults = vars(self.parser.parse_args([]))
         self.values = dict(self.defaults)
-        self.layers: dict[str, str] = {}
+        self.origins: dict[str, str] = {}
         self.problems: list[str] = []
 
-    def take(self, name: str, value: Any, layer: str) -> None:
+    def take(self, name: str, value: Any, origin: str) -> None:
         """Set a value, or note what is wrong with it."""
         if name not in HINTS:
-            where = layer if layer.startswith("flag ") else f"{layer}, {name}"
+            where = origin if origin.startswith("flag ") else f"{origin}, {name}"
             self.problems.append(f"{where}: {explain_unknown(name)}")
             return
         name = SAME.get(name, name)
         try:
             self.values[name] = convert(value, HINTS[name])
         except (TypeError, ValueError) as error:
-            self.problems.append(f"{layer}, {show(name, value)}: {error}")
-        self.layers[name] = layer
+            self.problems.append(f"{origin}, {format_setting(name, value)}: {error}")
+        self.origins[name] = origin
 
     def is_constant(self, name: str) -> bool:
         """Whether neither a file nor a flag gave this setting."""
-        return self.layers.get(name, "constant ").startswith("constant ")
+        return self.origins.get(name, "constant ").startswith("constant ")
 
     def refuse(self, name: str, reason: str) -> None:
         """Note what is wrong with the value of a setting."""
-        problem = f"{show(name, self.values[name])}: {reason}"
-        if name in self.layers:
-            problem = f"{self.layers[name]}, {problem}"
+        problem = f"{format_setting(name, self.values[name])}: {reason}"
+        if name in self.origins:
+            problem = f"{self.origins[name]}, {problem}"
         self.problems.append(problem)
 
 
-def show(name: str, value: Any) -> str:
+def format_setting(name: str, value: Any) -> str:
     """A setting in a message; a token is in none."""
     if name == "hub_token":
         value = "..."
@@ -460,7 +459,7 @@ def read_settings(argv: list[str] | None) -> Job:
 
     take_constants(draft)
     take_file_and_flags(draft, words)
-    let_layers_win(draft)
+    let_constants_give_way(draft)
     fill_in(draft)
     unpack_mappings(draft)
     check_ranges(draft)
@@ -491,7 +490,7 @@ def make_job(draft: Draft, missing_gpu: str) -> Job:
             training_args,
             DatasetMixtureConfig(**pick(draft, DatasetMixtureConfig)),
             missing_gpu,
-            draft.layers,
+            draft.origins,
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"settings: {error}") from error
@@ -536,20 +535,20 @@ def take_file_and_flags(draft: Draft, words: list[str]) -> None:
 def take_flag(draft: Draft, flag: str, given: list[str]) -> None:
     """A flag with its words: one is a value, several are a list, and none is `true`."""
     name = flag.removeprefix("--").replace("-", "_")
-    layer = f"flag {flag}"
+    origin = f"flag {flag}"
     positive = name.removeprefix("no_")
     if not flag.startswith("--"):
-        draft.problems.append(f"{layer}: {explain_unknown(flag)}")
+        draft.problems.append(f"{origin}: {explain_unknown(flag)}")
     elif name not in HINTS and positive in HINTS and given:
-        draft.problems.append(f"{layer}: takes no value; it is `--{positive} false`")
+        draft.problems.append(f"{origin}: takes no value; it is `--{positive} false`")
     elif name not in HINTS and positive in HINTS:
-        draft.take(positive, False, layer)
+        draft.take(positive, False, origin)
     elif not given:
-        draft.take(name, True, layer)
+        draft.take(name, True, origin)
     elif len(given) == 1:
-        draft.take(name, given[0], layer)
+        draft.take(name, given[0], origin)
     else:
-        draft.take(name, given, layer)
+        draft.take(name, given, origin)
 
 
 def take_file(draft: Draft, path: str) -> None:
@@ -663,7 +662,7 @@ def explain_unknown(name: str) -> str:
     return "is not a setting; `--help all` lists them"
 
 
-def let_layers_win(draft: Draft) -> None:
+def let_constants_give_way(draft: Draft) -> None:
     """A constant gives way to another setting of a file or a flag that says otherwise."""
     for name, other in GIVES_WAY.items():
         if draft.values[other] and draft.is_constant(name) and not draft.is_constant(other):
@@ -803,17 +802,17 @@ def derive_batch(draft: Draft) -> None:
     values = draft.values
     world = int(os.environ.get("WORLD_SIZE", "1"))
     size = max(1, values["per_device_train_batch_size"])
-    passes = values["gradient_accumulation_steps"]
+    accumulation = values["gradient_accumulation_steps"]
     total = values["global_batch_size"]
     if values["per_device_eval_batch_size"] is None:
         values["per_device_eval_batch_size"] = size
     if total is None:
-        total = size * (passes or 1) * world
-    if passes is None:
-        passes = max(1, total // (size * world))
-    values["gradient_accumulation_steps"] = passes
+        total = size * (accumulation or 1) * world
+    if accumulation is None:
+        accumulation = max(1, total // (size * world))
+    values["gradient_accumulation_steps"] = accumulation
     values["global_batch_size"] = total
-    if total == size * passes * world:
+    if total == size * accumulation * world:
         return
 
     fitting = [str(n) for n in range(1, 65) if total % (n * world) == 0]
@@ -822,7 +821,7 @@ def derive_batch(draft: Draft) -> None:
         advice = f"per_device_train_batch_size of {', '.join(fitting)}"
     draft.refuse(
         "global_batch_size",
-        f"is not {size} per device x {passes} accumulation x {world} processes; leave "
+        f"is not {size} per device x {accumulation} accumulation x {world} processes; leave "
         f"gradient_accumulation_steps out, and take {advice}",
     )
 
@@ -1772,9 +1771,7 @@ class Start:
 
 
 def load_start(job: Job) -> Start:
-    """Read configuration and tokenizer. Raises UserError where model, tokenizer and settings do
-    not go together.
-    """
+    """Read configuration and tokenizer; UserError where they do not go with the settings."""
     name = job.model_args.model_name_or_path
     revision = job.model_args.model_revision
     check_hub(name)
@@ -1910,17 +1907,18 @@ def find_tokenizer_problems(start: Start) -> list[str]:
 def find_adapter_problems(job: Job, start: Start) -> list[str]:
     """An adapter that cannot be continued, or settings that would not reach it."""
     name = job.model_args.model_name_or_path
+    problems = []
     trains_head = "lm_head" in (job.model_args.lora_modules_to_save or [])
     if trains_head and is_sharded():
-        return [
-            "lora_modules_to_save=lm_head: FSDP would not average its gradient over the processes; "
-            "leave it out"
-        ]
+        problems.append(
+            "lora_modules_to_save=lm_head: in a sharded model its gradient would not be averaged "
+            "over the processes; leave it out"
+        )
     if start.adapter is None:
         if job.settings.reference == "adapter":
-            return [f"reference=adapter: {name} is no adapter; leave `reference` out"]
-        return []
-    problems = take_adapter_shape(job, start.adapter)
+            problems.append(f"reference=adapter: {name} is no adapter; leave `reference` out")
+        return problems
+    problems += take_adapter_shape(job, start.adapter)
     if start.adapter.is_prompt_learning:
         problems.append(f"{name} is a prompt-learning adapter; start from its base, or from a LoRA")
     trains_more_modules = getattr(start.adapter, "modules_to_save", None)
@@ -1942,9 +1940,7 @@ ADAPTER_SHAPE = {  # settings that make a fresh adapter, and what a starting one
 
 
 def take_adapter_shape(job: Job, adapter: peft.PeftConfig) -> list[str]:
-    """The starting adapter's own shape takes the place of the constants and defaults; a file or a
-    flag that says otherwise is a problem.
-    """
+    """A starting adapter's own shape replaces constants; a file or flag against it is a problem."""
     problems = []
     for name, own_name in ADAPTER_SHAPE.items():
         own = getattr(adapter, own_name, None)
@@ -1954,10 +1950,10 @@ def take_adapter_shape(job: Job, adapter: peft.PeftConfig) -> list[str]:
             own = sorted(own)
         given = getattr(job.model_args, name)
         is_same = given == own or (isinstance(given, list) and sorted(given) == own)
-        layer = job.layers.get(name, "constant ")
-        if not is_same and not layer.startswith("constant "):
+        origin = job.origins.get(name, "constant ")
+        if not is_same and not origin.startswith("constant "):
             problems.append(
-                f"{layer}, {name}={given}: the starting adapter has {own}; leave it out, or merge "
+                f"{origin}, {name}={given}: the starting adapter has {own}; leave it out, or merge "
                 "the adapter and start from the merged model"
             )
         setattr(job.model_args, name, own)
@@ -2128,9 +2124,7 @@ def load_reference(job: Job, start: Start) -> transformers.PreTrainedModel | Non
 
 
 def make_lora_config(model_args: ModelConfig) -> LoraConfig:
-    """What a fresh adapter is made from (LoRA: arXiv 2106.09685): W x becomes W x + (alpha / r)
-    B A x, B = 0 at first.
-    """
+    """What a fresh adapter is made from: W x + (alpha / r) B A x, B = 0 (arXiv 2106.09685)."""
     return LoraConfig(
         r=model_args.lora_r,
         lora_alpha=model_args.lora_alpha,
@@ -2236,9 +2230,7 @@ def prepare_for_trainer(job: Job, preferences: Preferences) -> DPOConfig:
 
 
 def disable_numeric_dropout(model: torch.nn.Module) -> None:
-    """Zero the dropout that layers keep as a number (`attention_dropout`): TRL reaches
-    torch.nn.Dropout alone.
-    """
+    """Zero dropout that is a number (`attention_dropout`): TRL reaches nn.Dropout alone."""
     holders = [model.config.get_text_config(), *model.modules()]
     for holder in holders:
         for name, value in vars(holder).items():
@@ -2305,9 +2297,7 @@ PAIR_SCORES = (
 
 
 class PreferenceTrainer(DPOTrainer):
-    """trl.DPOTrainer on tokenised pairs, with a reference free of noise and an evaluation that
-    is exact.
-    """
+    """trl.DPOTrainer on tokenised pairs: a reference free of noise, an exact evaluation."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -2456,9 +2446,7 @@ class PreferenceTrainer(DPOTrainer):
         return torch.stack([columns[name].float().squeeze() for name in PAIR_SCORES])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The adapter alone, gathered where FSDP shards it: transformers would gather all
-        weights, or none.
-        """
+        """The adapter alone: where FSDP shards it, transformers would gather all, or nothing."""
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
@@ -2627,9 +2615,7 @@ def describe_policy(job: Job, start: Start, policy: peft.PeftModel) -> list[str]
 
 
 def find_reach(policy: peft.PeftModel) -> tuple[int, list[str]]:
-    """How many weights have an adapter beside them; the names, within a layer, of the stacks of
-    experts that have none.
-    """
+    """How many weights have an adapter beside them, and which stacks of experts have none."""
     reached = {}
     for module in policy.modules():
         if isinstance(module, BaseTunerLayer):
@@ -2996,7 +2982,7 @@ def keep_layers(small: dict, name: str) -> None:
     for other, value in small.items():
         if isinstance(value, list) and len(value) == layers:
             lists[other] = value
-    overrides = small.get("per_layer_config")  # {"05": ...}, of the layers that differ
+    overrides = small.get("per_layer_config")  # Gemma 4's {"05": ...}: layers that differ
     if overrides is not None:
         by_number = {int(layer): override for layer, override in overrides.items()}
         lists["per_layer_config"] = [by_number.get(layer) for layer in range(layers)]
@@ -3180,7 +3166,7 @@ def make_rehearsal_folder(job: Job) -> Iterator[Path]:
     state = job.training_args.distributed_state
     with contextlib.ExitStack() as held:
         name = None
-        if state.is_main_process:
+        if is_main_process():
             name = held.enter_context(tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=place))
         [name] = accelerate.utils.broadcast_object_list([name])
         yield Path(name)
@@ -3188,9 +3174,7 @@ def make_rehearsal_folder(job: Job) -> Iterator[Path]:
 
 
 def save_miniature(job: Job, start: Start, folder: Path) -> str | None:
-    """Write the base in miniature, and an adapter of it where the start is one. Returns why that
-    cannot be done, or None.
-    """
+    """Write base and starting adapter in miniature; returns why that cannot be done, or None."""
     try:
         model = make_miniature(start.config)
         model.name_or_path = str(folder / "base")  # PEFT writes it into the adapter
@@ -3211,9 +3195,7 @@ def save_miniature(job: Job, start: Start, folder: Path) -> str | None:
 
 
 def shrink_job(job: Job, start: Start, folder: Path) -> Job:
-    """The settings with the miniature in the model's place: two steps of two passes, a checkpoint
-    at each, nothing sent anywhere.
-    """
+    """The settings for the miniature: two steps of two passes, a checkpoint at each."""
     model_args = copy.copy(job.model_args)
     model_args.model_name_or_path = str(folder / ("base" if start.adapter is None else "start"))
     model_args.model_revision = None
@@ -3334,8 +3316,8 @@ def find_suspects(message: str, job: Job) -> str:
     values = flat_settings(job)
     for place in ("model_name_or_path", "ref_model_name_or_path", "dataset_name", "output_dir"):
         values.pop(place, None)
-    names = [name for name in job.layers if name in values]
-    given = [name for name in names if not job.layers[name].startswith("constant ")]
+    names = [name for name in job.origins if name in values]
+    given = [name for name in names if not job.origins[name].startswith("constant ")]
     meant = []
     for name in names:
         has_end = any(len(word) > 7 and name.endswith(word) for word in words)
@@ -3343,7 +3325,7 @@ def find_suspects(message: str, job: Job) -> str:
         if name in words or has_end or has_value:
             meant.append(name)
     suspects = [name for name in meant if name in given] or meant or given
-    return ", ".join(f"{job.layers[name]} ({values[name]})" for name in suspects)
+    return ", ".join(f"{job.origins[name]} ({values[name]})" for name in suspects)
 
 
 # ------------------------------------------------------------------------------------------ insight
@@ -3427,7 +3409,7 @@ class Report(TrainerCallback):
         if "eval_loss" in logs:
             say(format_row(history[-1]))
         self.advise(state, control)
-        if not state.is_world_process_zero:
+        if not is_main_process():
             return
         write_metrics(history, self.folder / "metrics.jsonl")
         # a picture takes a second
@@ -3867,7 +3849,7 @@ def shorten(text: str) -> str:
 # ---- the end of a run
 def save_report(trainer: PreferenceTrainer, job: Job, start: Start, report: Report) -> None:
     """rewards.png, the summary on the screen, the model card last: it marks a finished run."""
-    if trainer.is_world_process_zero():
+    if is_main_process():
         folder = Path(job.training_args.output_dir)
         draw_rewards(trainer.state.log_history, name_run(job), folder / "rewards.png")
         summary = summarise(trainer, job, report)
@@ -4073,7 +4055,7 @@ def open_output(job: Job, preferences: Preferences) -> Iterator[bool]:
     state = job.training_args.distributed_state
     refuse_other_run(job, preferences)  # all processes, so that none waits for one that ended
     with contextlib.ExitStack() as held:
-        if state.is_main_process:
+        if is_main_process():
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 held.enter_context(FileLock(folder / ".lock", blocking=False))
@@ -4121,7 +4103,7 @@ def is_whole(checkpoint: Path) -> bool:
 def find_checkpoint(trainer: PreferenceTrainer) -> Path | None:
     """The newest whole checkpoint; those that are not whole are set aside."""
     folder = Path(trainer.args.output_dir)
-    if trainer.is_world_process_zero():
+    if is_main_process():
         for checkpoint in folder.glob("checkpoint-*"):
             if not is_whole(checkpoint):
                 aside = folder / f"incomplete-{checkpoint.name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -4187,7 +4169,7 @@ class Keeper(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make the checkpoint count."""
         self.trainer.accelerator.wait_for_everyone()
-        if state.is_world_process_zero:
+        if is_main_process():
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
             write_file(folder / MANIFEST, json.dumps(digest_files(folder), indent=1).encode())
         self.stop_if_asked(control)  # a signal may have come in the evaluation since
@@ -4216,7 +4198,7 @@ class Keeper(TrainerCallback):
 def train_policy(trainer: PreferenceTrainer, job: Job, preferences: Preferences) -> Report:
     """Train from the newest whole checkpoint to the end, or to a signal."""
     checkpoint = find_checkpoint(trainer)
-    if trainer.is_world_process_zero():
+    if is_main_process():
         write_settings(job, preferences)  # from here on, the folder is this run's
     is_trained = load_trained(trainer, checkpoint)
     report = Report(trainer, job)
@@ -4296,7 +4278,7 @@ def save_adapter(trainer: PreferenceTrainer) -> None:
     folder = Path(trainer.args.output_dir)
     draft = folder / "adapter.tmp"
     trainer.save_model(str(draft))
-    if trainer.is_world_process_zero():
+    if is_main_process():
         trainer.processing_class.save_pretrained(folder)
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             os.replace(draft / name, folder / name)
@@ -4431,9 +4413,9 @@ def check_sharing(job: Job, start: Start, preferences: Preferences) -> Sharing:
     batch = make_proof_batch(job, start, preferences)
     try:
         miniature = make_stand_in(start)
-        apart = score_answers(miniature, batch, run_rows_apart(miniature, batch))
+        apart = score_answers(miniature, batch, run_backbone(miniature, batch))
         share_prefixes(miniature)
-        packed = score_answers(miniature, batch, run_packed_row(miniature, batch))
+        packed = score_answers(miniature, batch, run_backbone(miniature, batch, batch["layout"]))
     except ValueError as error:  # ours, mostly: the attention, or no miniature
         return Sharing(False, f"rows apart: {first_line(error)}")
     except Exception as error:  # whatever it is, rows apart do without
@@ -4492,10 +4474,10 @@ def prove_sharing(
         batch = make_proof_batch(job, start, preferences)
         batch = accelerate.utils.send_to_device(batch, proven.device)
         with torch.autocast(proven.device.type, autocast, enabled=autocast is not None):
-            apart = score_answers(proven, batch, run_rows_apart(proven, batch))
+            apart = score_answers(proven, batch, run_backbone(proven, batch))
             alone = score_answers(proven, batch, run_rows_alone(proven, batch))
             share_prefixes(proven)
-            packed = score_answers(proven, batch, run_packed_row(proven, batch))
+            packed = score_answers(proven, batch, run_backbone(proven, batch, batch["layout"]))
         if proven is not model:
             share_prefixes(model)
     except Exception as error:  # whatever it is, rows apart do without
@@ -4554,22 +4536,14 @@ def make_proof_batch(job: Job, start: Start, preferences: Preferences) -> dict:
 
 
 @torch.no_grad()
-def run_rows_apart(model: torch.nn.Module, batch: dict) -> torch.Tensor:
-    """Hidden states of the padded batch, (2B, L, H)."""
-    output = model.base_model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    )
-    return output.last_hidden_state
-
-
-@torch.no_grad()
-def run_packed_row(model: torch.nn.Module, batch: dict) -> torch.Tensor:
-    """The same, of the packed row."""
+def run_backbone(model: torch.nn.Module, batch: dict, layout: dict | None = None) -> torch.Tensor:
+    """Hidden states of the padded batch, (2B, L, H); with its layout, by way of the packed row."""
+    more = {} if layout is None else {"layout": layout}
     output = model.base_model(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
-        layout=batch["layout"],
         use_cache=False,
+        **more,
     )
     return output.last_hidden_state
 
@@ -4583,7 +4557,7 @@ def run_rows_alone(model: torch.nn.Module, batch: dict) -> torch.Tensor:
             name: batch[name][number : number + 1, :length]
             for name in ("input_ids", "attention_mask")
         }
-        rows.append(F.pad(run_rows_apart(model, row), (0, 0, 0, width - length)))
+        rows.append(pad(run_backbone(model, row), (0, 0, 0, width - length)))
     return torch.cat(rows)
 
 
@@ -4624,8 +4598,8 @@ def lay_out_packed_row(input_ids: torch.Tensor, attention_mask: torch.Tensor) ->
 
     # the longest run of equal tokens from the left, but the last token of the shorter row: every
     # rejected row has a tail
-    last = is_token.sum(dim=1).view(pairs, 2).amin(dim=1, keepdim=True) - 1
-    is_equal = (ids[chosen] == ids[rejected]) & (torch.arange(length) < last)
+    most = is_token.sum(dim=1).view(pairs, 2).amin(dim=1, keepdim=True) - 1
+    is_equal = (ids[chosen] == ids[rejected]) & (torch.arange(length) < most)
     is_shared = is_equal.cumprod(dim=1).bool()  # (B, L)
     is_packed = is_token.clone()
     is_packed[rejected] &= ~is_shared
@@ -4635,7 +4609,7 @@ def lay_out_packed_row(input_ids: torch.Tensor, attention_mask: torch.Tensor) ->
     # over the row, its zero gradients do not all queue up at one token.
     place = torch.arange(2 * pairs * length).remainder(tokens).view(2 * pairs, length)
     place[is_packed] = torch.arange(tokens)
-    place[rejected][is_shared] = place[chosen][is_shared]
+    place[rejected][is_shared] = place[chosen][is_shared]  # rejected is a slice: this is no copy
 
     queries = is_packed.sum(dim=1)
     keys = is_token.sum(dim=1)
@@ -4644,8 +4618,8 @@ def lay_out_packed_row(input_ids: torch.Tensor, attention_mask: torch.Tensor) ->
         "position_ids": is_packed.nonzero()[:, 1][None],  # (1, T)
         "key_index": place[is_token],  # (K,) where in the packed row the keys stand
         "row_index": place[order.argsort()],  # (2B, L), the padded batch in TRL's order
-        "query_bounds": F.pad(queries.cumsum(0), (1, 0)).int(),  # (2B + 1,) of the sequences
-        "key_bounds": F.pad(keys.cumsum(0), (1, 0)).int(),
+        "query_bounds": pad(queries.cumsum(0), (1, 0)).int(),  # (2B + 1,) of the sequences
+        "key_bounds": pad(keys.cumsum(0), (1, 0)).int(),
         "query_lengths": queries.tolist(),
         "key_lengths": keys.tolist(),
     }
@@ -4805,7 +4779,7 @@ def attend_one_by_one(
             mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(last_key)
             if is_cut:
                 mask = mask.triu(last_key - window + 1)
-        output = F.scaled_dot_product_attention(
+        output = scaled_dot_product_attention(
             some_queries.transpose(0, 1)[None],  # (1, Hq, tokens, D)
             keys.transpose(0, 1)[None],
             values.transpose(0, 1)[None],
@@ -4846,15 +4820,17 @@ def run(argv: list[str] | None = None) -> int:
     try:
         main(argv)
     except UserError as error:
-        return tell(str(error), error.status)
+        return end_with(str(error), error.status)
     except torch.OutOfMemoryError as error:
-        return tell(f"{OUT_OF_MEMORY}\n  {first_line(error)}", 1)
+        return end_with(f"{OUT_OF_MEMORY}\n  {first_line(error)}", 1)
     except (Exception, KeyboardInterrupt) as error:
         if was_interrupted(error):
-            return tell("interrupted; the same command goes on from where output_dir stands", 130)
+            return end_with(
+                "interrupted; the same command goes on from where output_dir stands", 130
+            )
         if not is_disk_full(error):
             raise
-        return tell(f"{DISK_FULL}\n  {first_line(error)}", 1)
+        return end_with(f"{DISK_FULL}\n  {first_line(error)}", 1)
     return 0
 
 
@@ -4880,7 +4856,7 @@ def is_disk_full(error: BaseException) -> bool:
     return any(word in str(error) for word in words)
 
 
-def tell(message: str, status: int) -> int:
+def end_with(message: str, status: int) -> int:
     """Print why the program ends: a mistake once, any other end for each process."""
     text = f"dpotrainer: {message}"
     if not is_main_process():

@@ -88,7 +88,7 @@ def make_job(
         training_args=DPOConfig(use_cpu=True, bf16=False, output_dir="unused", **training),
         mixture_args=mixture or DatasetMixtureConfig(),
         missing_gpu="",
-        layers={},
+        origins={},
     )
 
 

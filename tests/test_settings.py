@@ -190,7 +190,7 @@ def test_other_settings_may_stand_among_the_constants(tmp_path, read, refuse):
         0.25,
         3,
     )
-    assert job.layers["weight_decay"] == "constant WEIGHT_DECAY"
+    assert job.origins["weight_decay"] == "constant WEIGHT_DECAY"
     only(refuse(program=edit_constants(tmp_path, BETA="BETA = 0.1\nMAX_LENGHT = 3")), "MAX_LENGHT")
 
 

@@ -1047,7 +1047,9 @@ def test_a_miniature_stands_in_for_a_sharded_model(monkeypatch):
     assert sharing.is_used and model.config._attn_implementation == "shared_prefixes"
     hook.remove()
     batch = dpotrainer.SharedPrefixCollator(0)(random_pairs(2, seed=31))
-    assert dpotrainer.run_packed_row(model, batch).shape[:2] == batch["input_ids"].shape
+    assert (
+        dpotrainer.run_backbone(model, batch, batch["layout"]).shape[:2] == batch["input_ids"].shape
+    )
 
     monkeypatch.setattr(dpotrainer, "attend_one_by_one", refuse)
     sharing = dpotrainer.prove_sharing(*arguments)

@@ -84,7 +84,7 @@ def main():
             training_args=args,
             mixture_args=DatasetMixtureConfig(),
             missing_gpu="",
-            layers={},
+            origins={},
         )
         rows = datasets.load_dataset("json", data_files=str(path), split="train")
         # the same empty think block, so that the tokens are the same
