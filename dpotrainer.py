@@ -39,6 +39,7 @@ import difflib
 import errno
 import functools
 import glob
+import gzip
 import hashlib
 import importlib.metadata
 import inspect
@@ -953,8 +954,8 @@ def print_help(draft: Draft, show_all: bool) -> None:
 class Preferences(NamedTuple):
     """Tokenised pairs. Columns: prompt_ids, chosen_ids, rejected_ids (uncut, TRL's names);
     prompt_tokens, chosen_tokens, rejected_tokens (their lengths); packed_tokens (distinct tokens of
-    the pair after the cut by max_length, its common prefix once); pair_hash (int64, of the ids
-    after the cut).
+    the pair after the cut by max_length, its common prefix once); prompt_hash and pair_hash (int64,
+    of the prompt's ids, and of the pair's after the cut).
     """
 
     train: Dataset
@@ -981,9 +982,9 @@ def load_preferences(job: Job, tokenizer: PreTrainedTokenizerBase) -> Preference
     counts = f"{len(train):,} pairs to train on, {len(held_out or []):,} held out"
     report = wrap("data", f"{source}: {counts}")
     if held_out is not None:
-        in_both = set(train["pair_hash"][:]).intersection(held_out["pair_hash"][:])
+        in_both = np.isin(held_out["prompt_hash"][:], train["prompt_hash"][:]).sum()
         if in_both:
-            remarks += wrap("!", f"{len(in_both):,} of the held-out pairs are also trained on")
+            remarks += wrap("!", f"{in_both:,} held-out pairs have a prompt that is trained on")
     return Preferences(train, held_out, report + remarks)
 
 
@@ -993,7 +994,7 @@ def name_source(job: Job) -> str:
 
 
 def hold_out(job: Job, pairs: Dataset) -> tuple[Dataset, Dataset | None]:
-    """(train, held out): by the hashes of the pairs, so that equal ones stay on one side."""
+    """(train, held out): by the hashes of the prompts, so that all pairs of one stay together."""
     # not through get_dataset: it draws anew in each process and each run
     wanted = min(job.settings.eval_pairs, len(pairs) // 5)
     given = job.mixture_args.test_split_size
@@ -1001,8 +1002,8 @@ def hold_out(job: Job, pairs: Dataset) -> tuple[Dataset, Dataset | None]:
         wanted = int(given) if given >= 1 else math.ceil(given * len(pairs))
         wanted = min(wanted, len(pairs) - 1)
     key = np.random.default_rng(job.training_args.seed).integers(-(2**63), 2**63)
-    drawn = np.array(pairs["pair_hash"][:]) ^ key
-    is_held_out = drawn < np.sort(drawn)[wanted]
+    drawn = np.array(pairs["prompt_hash"][:]) ^ key
+    is_held_out = drawn < np.sort(drawn)[wanted]  # the least ones, in an order that the seed makes
     if not is_held_out.any():
         return pairs, None
     train = pairs.select(np.flatnonzero(~is_held_out))
@@ -1052,16 +1053,24 @@ def read_source(name: str, config: str | None) -> dict[str, Dataset]:
         return {"train": datasets.load_from_disk(name)}
     files = [path, *sorted(path.rglob("*.*"))]
     files = [file for file in files if find_ending(file) in READERS]
+    files = [file for file in files if not file.name.startswith("dataset_info")]  # of `datasets`
     if not files:
         raise ValueError(f"no file ends in {', '.join(READERS)} (or .gz)")
-    reader = max(READERS[find_ending(file)] for file in files)  # json, if there are tables beside
+    kinds = Counter(READERS[find_ending(file)] for file in files)
+    reader = max(sorted(kinds, reverse=True), key=kinds.get)  # that of most files
+    unread = [file.name for file in files if READERS[find_ending(file)] != reader]
+    if unread:
+        say(*wrap("!", f"files of another kind that are not read: {', '.join(unread)}"))
+    files = [file for file in files if READERS[find_ending(file)] == reader]
+    if len({find_ending(file) for file in files} & {".csv", ".tsv"}) > 1:
+        raise ValueError("csv and tsv files in one folder; name one of them")
     options = {}
     if reader == "csv":
         options = read_as_text(files[0])
     pattern = glob.escape(name)  # a bracket in a name would be a pattern
     if path.is_file():
         return datasets.load_dataset(reader, data_files=pattern, **options)
-    if pattern != name:
+    if pattern != name or unread:
         return datasets.load_dataset(reader, data_dir=pattern, **options)
     return datasets.load_dataset(name, config, **options)
 
@@ -1075,6 +1084,9 @@ def read_as_text(path: Path) -> dict:
     """Options to read a table like that at `path` as text: "None" and "007" are answers."""
     separator = {".csv": ",", ".tsv": "\t"}[find_ending(path)]
     names = pd.read_csv(path, nrows=0, sep=separator).columns
+    if len(names) == 1 and ";" in names[0]:  # Excel's, where a comma is in the numbers
+        separator = ";"
+        names = pd.read_csv(path, nrows=0, sep=separator).columns
     features = datasets.Features({name: datasets.Value("string") for name in names})
     return {"sep": separator, "keep_default_na": False, "features": features}
 
@@ -1116,7 +1128,7 @@ def explain_failure(name: str, error: Exception) -> str:
     if not path.exists():
         return f"{message}{first_line(error)}\n{hub_advice()}"
     for file in [path, *sorted(path.rglob("*.*"))]:
-        if READERS.get(file.suffix.lower()) in ("json", "csv"):
+        if READERS.get(find_ending(file)) in ("json", "csv"):
             problem = find_bad_line(file)
             if problem:
                 return f"{message}{file}, {problem}"
@@ -1125,7 +1137,11 @@ def explain_failure(name: str, error: Exception) -> str:
 
 def find_bad_line(path: Path) -> str:
     """The first line that is not UTF-8, not JSON, or has other keys than the first; or ""."""
+    is_json = READERS[find_ending(path)] == "json"
+    word = "row" if is_json else "line"  # a table has a line of names above its rows
     content = path.read_bytes()
+    if path.suffix.lower() == ".gz":
+        content = gzip.decompress(content)
     if not content:
         return "the file is empty"
     lines = content.splitlines()
@@ -1135,17 +1151,19 @@ def find_bad_line(path: Path) -> str:
     for number, line in enumerate(lines, 1):
         try:
             text = line.decode("utf-8-sig")
-            if "json" not in path.suffix.lower() or not text.strip():
+            if not is_json or not text.strip():
                 continue
             row = json.loads(text)
         except UnicodeDecodeError:
-            return f"row {number}: it is not UTF-8; save it as UTF-8"
+            return f"{word} {number}: it is not UTF-8; save it as UTF-8"
         except ValueError as error:
-            return f"row {number}: {error}"
+            return f"{word} {number}: {error}"
+        if not isinstance(row, dict):
+            continue
         keys = keys or set(row)
         differing = ", ".join(sorted(keys.symmetric_difference(row)))
         if differing:
-            return f"row {number}: {differing} is not in every row; give all rows the same keys"
+            return f"{word} {number}: {differing} is not in every row; give all rows the same keys"
     return ""
 
 
@@ -1174,7 +1192,7 @@ OUR_NAMES = (*SIDES, "system", "tools", "chat_template_kwargs")
 CONVERSATIONS = ("messages", "conversations", "conversation")  # the prompt where there is none
 # what other programs call the same; a refusal ends with the setting that fits
 OTHER_NAMES = {
-    "prompt": "question instruction query input input.messages context user_input problem",
+    "prompt": "question instruction query input.messages input context user_input problem",
     "chosen": "response_j chosen_response response_chosen preferred_output preferred accepted "
     "better chosen_answer answer_chosen good positive win",
     "rejected": "response_k rejected_response response_rejected non_preferred_output dispreferred "
@@ -1182,7 +1200,10 @@ OTHER_NAMES = {
     "system": "system_prompt sys",
     "tools": "input.tools",
 }
-WINNERS = {"winner", "better_response_id", "preference", "choice", "winner_model_a"}
+WINNERS = set(
+    "winner better_response_id preference choice winner_model_a labels preference_strength "
+    "overall_preference".split()
+)
 # columns that may belong to the prompt; left out, the model would see half of the question
 LIKE_A_PROMPT = set(
     "query question input instruction history context system system_prompt prompt documents images "
@@ -1205,7 +1226,8 @@ def find_columns(sample: list[dict], given: dict | None, source: str) -> dict[st
             columns.setdefault("conversation", name)
     missing = [side for side in SIDES if side not in columns]
     if missing == ["prompt"]:
-        are_texts = all(is_text(find_cell(row, columns["chosen"])) for row in sample)
+        answers = [find_cell(row, columns["chosen"]) for row in sample]
+        are_texts = all(is_text(answer) for answer in answers if answer is not None)
         if "conversation" in columns or not are_texts:
             return columns
     if missing:
@@ -1225,7 +1247,7 @@ def find_cell(row: dict, path: str) -> Any:
 
 def is_filled(sample: list[dict], path: str) -> bool:
     """Whether some row has something at `path`."""
-    return any(find_cell(row, path) not in (None, []) for row in sample)
+    return any(find_cell(row, path) not in (None, [], "") for row in sample)
 
 
 def explain_columns(sample: list[dict], columns: dict[str, str], missing: list[str]) -> str:
@@ -1237,9 +1259,9 @@ def explain_columns(sample: list[dict], columns: dict[str, str], missing: list[s
         return f"{message}unpaired answers with labels are for `trl kto`"
     fitting = dict.fromkeys(missing, "...")
     for ours, others in OTHER_NAMES.items():
-        for name in others.split():
-            if ours not in columns and is_filled(sample, name):
-                fitting[ours] = name
+        found = [name for name in others.split() if is_filled(sample, name)]
+        if ours not in columns and found:
+            fitting[ours] = found[0]
     return f"{message}say which columns hold what: --columns '{json.dumps(fitting)}'"
 
 
@@ -1254,7 +1276,7 @@ ROLES = {
 ROLES = {name: role for role, names in ROLES.items() for name in names.split()}
 KEYS = {"from": "role", "value": "content", "text": "content"}
 TRANSCRIPT = re.compile(r"\s*Human:.*\n\r?\nAssistant:", re.DOTALL)
-JSON_TURNS = re.compile(r"""\s*\[?\s*\{\s*['"](role|content|from|value)['"]\s*:""")
+BROKEN_TURNS = re.compile(r"""\s*\[\s*\{\s*['"](role|from)['"]\s*:""")
 SEEN = re.compile(r"[^\s\u00ad\u200b-\u200f\u2060\ufeff]+")
 SCORES = (
     ("score_chosen", "score_rejected"),
@@ -1276,7 +1298,38 @@ class Pair(NamedTuple):
 
 def is_text(cell: Any) -> bool:
     """Whether a cell is text, and neither a transcript nor messages as JSON."""
-    return isinstance(cell, str) and not TRANSCRIPT.match(cell) and not JSON_TURNS.match(cell)
+    return isinstance(cell, str) and find_turns(cell) is None
+
+
+def find_turns(text: str) -> list | None:
+    """Messages that a text holds, as a transcript or as JSON; None for any other text.
+
+    An answer may be JSON too: messages have a role and a content.
+    """
+    if TRANSCRIPT.match(text):
+        parts = re.split(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):", text)
+        turns = zip(parts[1::2], parts[2::2])
+        return [{"role": name, "content": said.strip()} for name, said in turns]
+    if not text.lstrip().startswith(("[", "{")):
+        return None
+    try:
+        turns = json.loads(text)
+    except ValueError:
+        turns = None
+    if isinstance(turns, dict):
+        turns = [turns]
+    if isinstance(turns, list) and turns and all(is_message(turn) for turn in turns):
+        return turns
+    return None
+
+
+def is_message(value: Any) -> bool:
+    """Whether something has a role and a content, by some name."""
+    if not isinstance(value, dict):
+        return False
+    return bool(
+        {"role", "from"} & value.keys() and {"content", "value", "tool_calls"} & value.keys()
+    )
 
 
 def read_turns(cell: Any, role: str) -> list[dict]:
@@ -1285,15 +1338,10 @@ def read_turns(cell: Any, role: str) -> list[dict]:
     """
     if cell is None:
         return []
-    if isinstance(cell, str) and TRANSCRIPT.match(cell):
-        parts = re.split(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):", cell)
-        turns = zip(parts[1::2], parts[2::2])
-        cell = [{"role": name, "content": said.strip()} for name, said in turns]
-    elif isinstance(cell, str) and JSON_TURNS.match(cell):
-        try:
-            cell = json.loads(cell)
-        except ValueError as error:
-            raise ValueError(f"messages as text that is no JSON: {cell[:80]!r}") from error
+    if isinstance(cell, str):
+        if BROKEN_TURNS.match(cell) and find_turns(cell) is None:
+            raise ValueError(f"messages as text that is no JSON: {cell[:80]!r}")
+        cell = find_turns(cell) or {"role": role, "content": cell}
     elif not isinstance(cell, (list, dict)):
         cell = {"role": role, "content": cell}
     if isinstance(cell, dict):
@@ -1315,7 +1363,14 @@ def read_turn(turn: Any) -> dict:
     turn["role"] = ROLES[name]
     turn["content"] = join_parts(turn.get("content"))
     if name == "function_call":
-        turn["tool_calls"] = [{"type": "function", "function": json.loads(turn["content"])}]
+        try:
+            calls = json.loads(turn["content"])
+        except ValueError as error:
+            told = f"a function_call must be JSON, not {turn['content'][:80]!r}"
+            raise ValueError(told) from error
+        if isinstance(calls, dict):
+            calls = [calls]
+        turn["tool_calls"] = [{"type": "function", "function": call} for call in calls]
         turn["content"] = ""
     return turn
 
@@ -1324,8 +1379,10 @@ def join_parts(content: Any) -> str:
     """The text of a message's content, which may come in parts."""
     if content is None:
         return ""
-    if not isinstance(content, list):
+    if isinstance(content, (str, int, float)):
         return str(content)
+    if not isinstance(content, list):
+        raise ValueError(f"only text can be trained on, not {str(content)[:80]}")
     text = ""
     for part in content:
         if isinstance(part, dict) and "text" in part:
@@ -1342,10 +1399,14 @@ def read_pair(cells: dict) -> Pair:
     chosen = read_turns(cells.get("chosen"), "assistant")
     rejected = read_turns(cells.get("rejected"), "assistant")
     system = read_turns(cells.get("system"), "system")
-    conversation = read_turns(cells.get("conversation"), "user")
+    asked = read_turns(cells.get("prompt"), "user")
+    has_prompt = bool(asked) and not is_blank(asked[-1])
+    is_spare = has_prompt or (is_conversation(chosen) and is_conversation(rejected))
+    conversation = read_conversation(cells.get("conversation"), is_spare, remarks)
+    if not has_prompt and conversation:
+        asked = conversation
 
     # what was asked may go on to an answer, or end in "\n\nAssistant:"
-    asked = read_turns(cells.get("prompt"), "user") or conversation
     for end in (chosen, rejected, [{"role": "assistant", "content": ""}]):
         if end and asked[-len(end) :] == end:
             asked = asked[: -len(end)]
@@ -1355,10 +1416,11 @@ def read_pair(cells: dict) -> Pair:
     first = join_turns(asked, chosen)
     second = join_turns(asked, rejected)
     prompt = first[: common_prefix_length(first, second)]
+    # one that was given stays whole: if it ends in an answer, the pair is dropped later
     while prompt and prompt != asked and prompt[-1]["role"] == "assistant":
         prompt.pop()
     if not asked and all(turn["role"] != "user" for turn in prompt):
-        prompt = []
+        prompt = []  # a system turn alone asks nothing
     chosen = first[len(prompt) :]
     rejected = second[len(prompt) :]
     if any(turn not in first + second for turn in asked + conversation):
@@ -1370,6 +1432,17 @@ def read_pair(cells: dict) -> Pair:
         elif prompt[0]["content"] != system[0]["content"]:
             remarks.append("the system column contradicts the system turn, it is not read")
     return Pair(prompt, chosen, rejected, remarks)
+
+
+def read_conversation(cell: Any, is_spare: bool, remarks: list[str]) -> list[dict]:
+    """The turns beside prompt and answers; where they are to spare, none if they are unreadable."""
+    try:
+        return read_turns(cell, "user")
+    except ValueError:
+        if not is_spare:
+            raise
+    remarks.append("a conversation column in a form that is not known is left out")
+    return []
 
 
 def join_turns(asked: list[dict], answer: list[dict]) -> list[dict]:
@@ -1436,7 +1509,8 @@ class PairPreparer:
         sample: list[dict],  # the first rows
     ) -> None:
         # nothing else of the job, so that other settings leave the cache valid
-        self.chat_strings = job.settings.chat_strings
+        has_system = "system" in columns and tokenizer.chat_template is not None
+        self.makes_chats = job.settings.chat_strings or has_system
         self.max_length = job.training_args.max_length or sys.maxsize
         self.tokenizer = tokenizer
         self.columns = columns
@@ -1475,15 +1549,17 @@ class PairPreparer:
                 cells["chosen"] = cells["chosen"].removeprefix(cells["prompt"])
                 cells["rejected"] = cells["rejected"].removeprefix(cells["prompt"])
             pair = read_pair(cells)
-            is_raw = are_texts and len(pair.prompt) == 1 and not self.chat_strings
+            is_raw = are_texts and not self.makes_chats and len(pair.prompt) == 1
             dropped = why_unusable(pair) or compare_scores(pair, row)
             if not dropped:
                 self.remark_text(pair, is_raw)
                 texts = self.render(pair, cells, is_raw)
                 if "" in texts[1:]:
                     dropped = "empty once rendered"
-                elif visible(texts[1]) == visible(texts[2]):
+                elif texts[1] == texts[2]:
                     dropped = "chosen equals rejected"
+                elif visible(texts[1]) == visible(texts[2]):
+                    dropped = "answers differ in white space alone"
         except Exception as error:  # also jinja's, and what a template raises to refuse a turn
             # an exception class of ours would not come back from a worker process
             raise ValueError(f"row {index + 1}: {error}") from error
@@ -1596,9 +1672,6 @@ class PairPreparer:
             dropped = "equal after truncation"
         # each row computes its own last token
         shared = min(common_prefix_length(first, second), len(first) - 1, len(second) - 1)
-        # alike on every machine
-        both = np.array([len(prompt), len(first), *first, *second], "<i4").tobytes()
-        digest = hashlib.blake2b(both, digest_size=8).digest()
         return {
             "prompt_ids": np.array(prompt, "int32"),
             "chosen_ids": np.array(chosen, "int32"),
@@ -1607,10 +1680,17 @@ class PairPreparer:
             "chosen_tokens": len(chosen),
             "rejected_tokens": len(rejected),
             "packed_tokens": len(first) + len(second) - shared,
-            "pair_hash": int.from_bytes(digest, "little", signed=True),
+            "prompt_hash": hash_tokens(prompt),
+            "pair_hash": hash_tokens([len(prompt), len(first), *first, *second]),
             "dropped": dropped,
             "remarks": pair["remarks"],
         }
+
+
+def hash_tokens(tokens: list[int]) -> int:
+    """64 bits, alike on every machine."""
+    digest = hashlib.blake2b(np.array(tokens, "<i4").tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def read_cells(row: dict, columns: dict[str, str]) -> dict:
@@ -1708,7 +1788,7 @@ def drop_bad_pairs(
         counts = f"{(~is_bad).sum():,} of {len(rows):,}"
         told = "\n".join(report)
         raise UserError(f"{source}: too few pairs can be used, {counts}\n{told}")
-    report += describe_lengths(split, rows, max_length)
+    report += describe_lengths(split, rows, ~is_bad.to_numpy(), max_length)
     pairs = rows.select(np.flatnonzero(~is_bad)).remove_columns(["dropped", "remarks"])
     duplicates = len(pairs) - len(set(pairs["pair_hash"][:]))
     if duplicates:
@@ -1719,15 +1799,17 @@ def drop_bad_pairs(
     return pairs
 
 
-def describe_lengths(split: str, rows: Dataset, max_length: int | None) -> list[str]:
+def describe_lengths(
+    split: str, rows: Dataset, is_good: np.ndarray, max_length: int | None
+) -> list[str]:
     """The share of answers that max_length cuts, and a max_length that cuts few."""
     prompt, chosen, rejected = (np.array(rows[f"{side}_tokens"][:]) for side in SIDES)
-    whole = np.concatenate([prompt + chosen, prompt + rejected])
-    whole = whole[whole > 0]  # a dropped row has none
+    whole = np.stack([prompt + chosen, prompt + rejected])
     if max_length is None or not (whole > max_length).any():
         return []
-    share = (whole > max_length).mean()
-    enough = int(np.quantile(whole, 0.99, method="higher"))
+    share = (whole[:, is_good] > max_length).mean()
+    # also of the rows whose prompt leaves no room; those dropped before have no tokens
+    enough = int(np.quantile(whole[whole > 0], 0.99, method="higher"))
     return wrap(
         "cut",
         f"{split}: {share:.1%} of the answers by max_length {max_length}; {enough} would cut less "
@@ -2636,7 +2718,10 @@ def count_bits(job: Job, config: transformers.PretrainedConfig) -> int | None:
     if quantization is None and not job.model_args.load_in_4bit and not job.model_args.load_in_8bit:
         return None
     # each method has words of its own: bits, num_bits, load_in_4bit, mxfp4
-    is_four = re.search(r"bits'?: 4|4bit'?: True|fp4|int4", str(quantization))
+    words = str(quantization)
+    is_four = re.search(r"bits'?: 4|4bit'?: True|fp4|int4", words)
+    if "load_in_8bit': True" in words:
+        is_four = None  # bitsandbytes names its 4-bit type all the same
     return 4 if is_four or job.model_args.load_in_4bit else 8
 
 
@@ -2672,7 +2757,10 @@ def describe_steps(job: Job, pairs: int, steps: int) -> list[str]:
         told = f"all {steps} steps are warm-up, from learning rate 0: lower warmup_steps"
         lines += wrap("!", told)
     if steps < FEW_STEPS:
-        lines += wrap("!", f"{steps} steps hardly move the policy; {suggest_steps(args, pairs)}")
+        advice = f"raise max_steps to {FEW_STEPS} or more"
+        if args.max_steps <= 0:
+            advice = suggest_steps(args, pairs)
+        lines += wrap("!", f"{steps} steps hardly move the policy; {advice}")
     return lines
 
 

@@ -160,6 +160,10 @@ def test_the_constants_without_network_are_one_clear_message(capsys):
 
 
 # ------------------------------------------------------------------------------------ too few steps
+def test_few_steps_that_max_steps_asks_for_are_told_so(plan):
+    assert "! 5 steps hardly move the policy; raise max_steps to 20 or more" in plan(max_steps=5)
+
+
 @pytest.mark.parametrize("pairs, epochs", [(20, 1), (40, 2), (200, 1), (1500, 0.5)])
 def test_settings_that_are_named_for_few_pairs_do(pairs, epochs, plan, tmp_path):
     """The shipped batch of 64 on few pairs: warned of, with settings that are not."""
@@ -427,6 +431,15 @@ def test_quantised_models_weigh_less(plan, tmp_path, monkeypatch):
         ({"quant_method": "awq", "bits": 4, "group_size": 128}, 4),
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, 8),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 4),
+        (
+            {
+                "quant_method": "bitsandbytes",
+                "load_in_8bit": True,
+                "load_in_4bit": False,
+                "bnb_4bit_quant_type": "fp4",
+            },
+            8,
+        ),
         (None, 4),
     ):
         values = json.loads(path.read_text()) | {"quantization_config": quantization}

@@ -718,6 +718,37 @@ def test_the_frozen_copy_of_an_sft_adapter_drops_nothing(
     check_evaluation(noisy, base, data, merged_sft)
 
 
+def test_the_reference_is_the_same_at_each_of_its_passes(sft, data, tmp_path):
+    """In training, too, where the policy's dropout is on."""
+    dropping = shutil.copytree(sft, tmp_path / "dropping")
+    config = json.loads((dropping / "adapter_config.json").read_text())
+    (dropping / "adapter_config.json").write_text(json.dumps(config | {"lora_dropout": 0.5}))
+    flags = tiny.settings(dropping, data, tmp_path / "out", disable_dropout=False)
+    job = dpotrainer.read_settings(flags)
+    start = dpotrainer.load_start(job)
+    preferences = dpotrainer.load_preferences(job, start.tokenizer)
+    sharing = dpotrainer.check_sharing(job, start, preferences)
+    trainer = dpotrainer.build_trainer(job, start, preferences, sharing)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    first = trainer.compute_ref_log_probs(trainer.model, dict(batch))
+    second = trainer.compute_ref_log_probs(trainer.model, dict(batch))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    assert trainer.model.training
+
+
+def test_each_epoch_has_an_order_of_its_own(tmp_path):
+    sampler = dpotrainer.BalancedSampler(np.arange(1, 41), 4, 2, seed=3)
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        orders.append([pair for dealt in sampler for pair in dealt])
+    assert orders[0] == orders[2] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(40))
+    steps = [{*order[:8]} for order in orders]
+    assert steps[0] != steps[1], "not only another order within each step"
+
+
 def test_a_tokenizer_that_is_larger_than_the_embedding_is_refused(base, train, tmp_path):
     larger = shutil.copytree(base, tmp_path / "larger")
     tokenizer = AutoTokenizer.from_pretrained(base)

@@ -335,7 +335,7 @@ def test_layouts_may_change_from_row_to_row(tokenizer, tmp_path):
 def test_columns_and_their_values(tokenizer, tmp_path):
     (found,), _ = load(tmp_path, [pair("hi", "yes", "no", topic="x")], tokenizer)
     tokens = ["prompt_tokens", "chosen_tokens", "rejected_tokens"]
-    assert sorted(found) == sorted([*IDS, *tokens, "packed_tokens", "pair_hash"])
+    assert sorted(found) == sorted([*IDS, *tokens, "packed_tokens", "pair_hash", "prompt_hash"])
     assert shown(tokenizer, found) == [
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
         "yes<|im_end|>\n",
@@ -458,6 +458,8 @@ BAD = {
     ],
     "chosen equals rejected": [
         as_conversations(pair("q", "a", "a")),
+    ],
+    "answers differ in white space alone": [
         pair("q", "a b", "a\n b\u200b "),
         pair("q", "a", "\ufeffa"),
     ],
@@ -818,7 +820,7 @@ def test_a_csv_file_that_is_not_utf8_is_named_with_the_row(tokenizer, tmp_path):
     path = tmp_path / "pairs.csv"
     path.write_bytes("prompt,chosen,rejected\nq,é,n\n".encode("cp1252"))
     with pytest.raises(
-        dpotrainer.UserError, match=r"pairs.csv, row 2: it is not UTF-8; save it as UTF-8"
+        dpotrainer.UserError, match=r"pairs.csv, line 2: it is not UTF-8; save it as UTF-8"
     ):
         load_file(path, tokenizer)
 
@@ -948,10 +950,101 @@ def test_a_folder_of_csv_files_reads_as_a_file_does(tokenizer, tmp_path):
         assert shown(tokenizer, pairs[2])[1] == "3<|im_end|>\n"
 
 
-def test_a_csv_file_beside_jsonl_is_no_harm(tokenizer, tmp_path):
+def test_a_csv_file_beside_jsonl_is_told(tokenizer, tmp_path, capsys):
     write(tmp_path, [pair(f"q{i}", "a", "b") for i in range(4)], "train.jsonl")
     (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "dataset_infos.json").write_text("{}")
     assert len(load_file(tmp_path, tokenizer)[0]) == 4
+    assert "! files of another kind that are not read: notes.csv" in capsys.readouterr().out
+
+
+def test_tables_with_different_separators_are_refused(tokenizer, tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,chosen,rejected\nq,a,b\n")
+    (tmp_path / "b.tsv").write_text("prompt\tchosen\trejected\nq\ta\tb\n")
+    with pytest.raises(dpotrainer.UserError, match="csv and tsv files in one folder"):
+        load_file(tmp_path, tokenizer)
+
+
+def test_the_csv_of_a_german_excel_is_read(tokenizer, tmp_path):
+    text = "prompt;chosen;rejected\n" + "".join(f'q{i};"a, 1,5; x";b\n' for i in range(4))
+    (tmp_path / "pairs.csv").write_text(text, encoding="utf-8-sig")
+    rows = [{"prompt": f"q{i}", "chosen": "a, 1,5; x", "rejected": "b"} for i in range(4)]
+    found = load_file(tmp_path / "pairs.csv", tokenizer)[0]
+    assert found == load_file(write(tmp_path, rows, "same.jsonl"), tokenizer)[0]
+
+
+def test_a_late_row_of_a_compressed_file_is_named(tokenizer, tmp_path):
+    rows = [json.dumps(pair(f"q{i}", "a", "b")) for i in range(3)]
+    rows[2] = rows[2][:-5]
+    (tmp_path / "pairs.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
+    with pytest.raises(dpotrainer.UserError, match=r"pairs\.jsonl\.gz, row 3: "):
+        load_file(tmp_path / "pairs.jsonl.gz", tokenizer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ['{"value": 5}', '{"from": "Paris", "to": "Rome"}', '{"content": "x"} and more', "[1, 2"],
+)
+def test_an_answer_that_is_json_is_text(answer, tokenizer, tmp_path):
+    rows = [pair(f"q{i}", answer, "b") for i in range(4)]
+    for found in load_file(write(tmp_path, rows), tokenizer)[0]:
+        assert tokenizer.decode(found["chosen_ids"]).startswith(answer)
+
+
+def test_messages_as_json_with_other_keys_first_are_messages(tokenizer, tmp_path):
+    plain = [as_conversations(pair(f"q{i}", "a", "b")) for i in range(4)]
+    coded = [
+        {
+            side: json.dumps([{"id": 1, **turn} for turn in row[side]])
+            for side in ("chosen", "rejected")
+        }
+        for row in plain
+    ]
+    found = load_file(write(tmp_path, coded, "coded.jsonl"), tokenizer)[0]
+    assert found == load_file(write(tmp_path, plain, "plain.jsonl"), tokenizer)[0]
+
+
+def test_a_conversation_in_an_odd_form_beside_whole_answers_is_told(tokenizer, tmp_path):
+    """As argilla's capybara pairs have it."""
+    plain = [as_conversations(pair(f"q{i}", "a", "b")) for i in range(4)]
+    rows = [row | {"conversation": [{"input": "q", "output": "a"}]} for row in plain]
+    found, report = load_file(write(tmp_path, rows, "odd.jsonl"), tokenizer)
+    assert found == load_file(write(tmp_path, plain, "plain.jsonl"), tokenizer)[0]
+    assert "4 of 4 rows: a conversation column in a form that is not known" in report
+
+
+def test_rows_without_system_text_are_chats_beside_rows_with_it(tokenizer, tmp_path):
+    rows = [pair(f"q{i}", "a", "b", system="Be brief." if i else "") for i in range(4)]
+    for found in load_file(write(tmp_path, rows), tokenizer)[0]:
+        assert "<|im_start|>user" in tokenizer.decode(found["prompt_ids"])
+
+
+def test_an_empty_prompt_beside_messages_is_filled_from_them(tokenizer, tmp_path):
+    rows = [pair("", "a", "b") | {"messages": [user(f"q{i}")]} for i in range(4)]
+    for i, found in enumerate(load_file(write(tmp_path, rows), tokenizer)[0]):
+        assert f"q{i}" in tokenizer.decode(found["prompt_ids"])
+
+
+def test_pairs_of_one_prompt_are_held_out_together(tokenizer, tmp_path):
+    rows = [pair(f"q{i}", "a", f"b{j}") for i in range(50) for j in range(4)]
+    found = dpotrainer.load_preferences(make_job(write(tmp_path, rows), eval_pairs=40), tokenizer)
+    assert len(found.held_out) == 40
+    assert not set(found.train["prompt_hash"][:]) & set(found.held_out["prompt_hash"][:])
+
+
+@pytest.mark.parametrize(
+    "columns, fitting",
+    [
+        ({"instruction": "q", "input": "more"}, "instruction"),
+        ({"question": "q", "context": "c"}, "question"),
+        ({"question": ""}, "..."),
+    ],
+)
+def test_the_first_name_that_is_filled_is_advised(columns, fitting, tokenizer, tmp_path):
+    rows = [columns | {"chosen": None if i == 1 else "a", "rejected": "b"} for i in range(3)]
+    with pytest.raises(dpotrainer.UserError) as caught:
+        load_file(write(tmp_path, rows), tokenizer)
+    assert f'--columns \'{{"prompt": "{fitting}"}}\'' in str(caught.value)
 
 
 # ------------------------------------------------------------------------ splits and held-out pairs
@@ -1027,7 +1120,9 @@ def test_equal_pairs_stay_on_one_side(tokenizer, tmp_path):
 def test_pairs_on_both_sides_are_told(tokenizer, tmp_path):
     write(tmp_path, [pair(f"q{i}", "a", "b") for i in range(9)], "train.jsonl")
     write(tmp_path, [pair(f"q{i}", "a", "b") for i in range(8, 12)], "test.jsonl")
-    assert "! 1 of the held-out pairs are also trained on" in load_file(tmp_path, tokenizer)[1]
+    assert (
+        "! 1 held-out pairs have a prompt that is trained on" in load_file(tmp_path, tokenizer)[1]
+    )
 
 
 def test_a_mixture_is_read_as_trl_reads_it(tokenizer, tmp_path):
