@@ -1447,7 +1447,8 @@ def read_conversation(cell: Any, is_spare: bool, remarks: list[str]) -> list[dic
 
 def join_turns(asked: list[dict], answer: list[dict]) -> list[dict]:
     """A whole conversation: the answer alone may be one."""
-    if is_conversation(answer) or answer[: len(asked)] == asked:
+    begins_with_it = answer[: len(asked)] == asked  # also where nothing was asked
+    if is_conversation(answer) or begins_with_it:
         return answer
     return asked + answer
 
@@ -1524,7 +1525,8 @@ class PairPreparer:
         self.bos = []
         if tokenizer.bos_token_id in tokenizer("").input_ids:
             self.bos = [tokenizer.bos_token_id]
-        # Qwen3's empty think block belongs to the prompt, unless an answer carries reasoning
+        # Tried in this order by apply_template: Qwen3's empty think block belongs to the prompt,
+        # unless an answer carries reasoning.
         self.forms = [{"enable_thinking": False}, {}]
         if tokenizer.chat_template is not None:
             # TRL's form of a template, where it has one, renders a prompt alone as with its answer
@@ -1549,6 +1551,7 @@ class PairPreparer:
                 cells["chosen"] = cells["chosen"].removeprefix(cells["prompt"])
                 cells["rejected"] = cells["rejected"].removeprefix(cells["prompt"])
             pair = read_pair(cells)
+            # a turn more than the question is a conversation
             is_raw = are_texts and not self.makes_chats and len(pair.prompt) == 1
             dropped = why_unusable(pair) or compare_scores(pair, row)
             if not dropped:
@@ -1635,7 +1638,7 @@ class PairPreparer:
         first = [tail + answer for tail, answer in zip(tails, chosen)]
         second = [tail + answer for tail, answer in zip(tails, rejected)]
         ids = self.encode([*prompts, *tails, *first, *second])  # one call is faster than four
-        count = len(rendered)
+        count = len(rendered)  # of prompts, then of tails, of first and of second
         measured = []
         for i, pair in enumerate(rendered):
             prompt, tail, *wholes = ids[i::count]
@@ -1735,9 +1738,9 @@ def explain_renderings(texts: list[str]) -> str:
 
 # ---- a split and its report
 def prepare_split(
-    job: Job, tokenizer: PreTrainedTokenizerBase, split: str, rows: Dataset, report: list[str]
+    job: Job, tokenizer: PreTrainedTokenizerBase, split: str, rows: Dataset, remarks: list[str]
 ) -> Dataset:
-    """One split, tokenized and without its bad pairs; adds the lines on it to `report`."""
+    """One split, tokenized and without its bad pairs; adds the lines on it to `remarks`."""
     source = f"{name_source(job)} ({split})"
     if len(rows) == 0:
         raise UserError(f"{source}: there are no rows")
@@ -1766,14 +1769,14 @@ def prepare_split(
     unread = [name for name in sorted(LIKE_A_PROMPT - read) if is_filled(sample, name)]
     if unread:
         names = ", ".join(unread)
-        report += wrap("!", f"{split}: columns like a prompt's that are not read: {names}")
-    return drop_bad_pairs(source, split, rows, job.training_args.max_length, report)
+        remarks += wrap("!", f"{split}: columns like a prompt's that are not read: {names}")
+    return drop_bad_pairs(source, split, rows, job.training_args.max_length, remarks)
 
 
 def drop_bad_pairs(
-    source: str, split: str, rows: Dataset, max_length: int | None, report: list[str]
+    source: str, split: str, rows: Dataset, max_length: int | None, remarks: list[str]
 ) -> Dataset:
-    """The good pairs; adds to `report` what was dropped, is cut, or may be wrong."""
+    """The good pairs; adds to `remarks` what was dropped, is cut, or may be wrong."""
     table = rows.select_columns(["dropped", "remarks"]).to_pandas()
     is_bad = table["dropped"] != ""
     dropped = []
@@ -1783,19 +1786,19 @@ def drop_bad_pairs(
             numbers += ", ..."
         dropped.append(f"{len(bad):,} {reason} (rows {numbers})")
     if dropped:
-        report += wrap("dropped", f"{split}: {'; '.join(dropped)}")
+        remarks += wrap("dropped", f"{split}: {'; '.join(dropped)}")
     if is_bad.mean() > 0.5:
         counts = f"{(~is_bad).sum():,} of {len(rows):,}"
-        told = "\n".join(report)
+        told = "\n".join(remarks)
         raise UserError(f"{source}: too few pairs can be used, {counts}\n{told}")
-    report += describe_lengths(split, rows, ~is_bad.to_numpy(), max_length)
+    remarks += describe_lengths(split, rows, ~is_bad.to_numpy(), max_length)
     pairs = rows.select(np.flatnonzero(~is_bad)).remove_columns(["dropped", "remarks"])
     duplicates = len(pairs) - len(set(pairs["pair_hash"][:]))
     if duplicates:
-        report += wrap("!", f"{split}: {duplicates:,} pairs repeat others")
-    remarks = table["remarks"].str.split("\n").explode()
-    for remark, count in remarks[remarks != ""].value_counts().items():
-        report += wrap("!", f"{split}: {count:,} of {len(rows):,} rows: {remark}")
+        remarks += wrap("!", f"{split}: {duplicates:,} pairs repeat others")
+    of_rows = table["remarks"].str.split("\n").explode()
+    for remark, count in of_rows[of_rows != ""].value_counts().items():
+        remarks += wrap("!", f"{split}: {count:,} of {len(rows):,} rows: {remark}")
     return pairs
 
 
