@@ -1088,7 +1088,7 @@ def test_each_type_starts_at_ln_2_and_shares_exactly(kind, tmp_path):
     assert found["first loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert found["sharing"].startswith("shared, checked: ") == FAST_TYPES[kind]
     if FAST_TYPES[kind]:
-        assert found["moved"] > 1e-3
+        assert found["moved"] > 1e-4
         assert found["loss"] < 1e-5
         assert found["gradient"] < 1e-4
 
