@@ -602,6 +602,8 @@ def convert(value: Any, hint: Any) -> Any:
     kinds = split_hint(hint)
     if isinstance(value, str) and str not in kinds:
         value = read_yaml(value)
+        if bool in kinds and value in (0, 1):  # a flag's, as argparse would take it
+            value = bool(value)
     is_number = isinstance(value, (int, float, str)) and not isinstance(value, bool)
     if isinstance(value, list) and list in kinds:
         return [convert(item, kinds[list][0]) for item in value]
@@ -719,7 +721,7 @@ def check_ranges(draft: Draft) -> None:
 
 
 def check_choices(draft: Draft) -> None:
-    """Values that are no choice of their setting; the parser compares those of flags alone."""
+    """Values that are no choice of their setting."""
     values = draft.values
     for part in PARTS:
         for field in dataclasses.fields(part):
@@ -1339,9 +1341,10 @@ def read_turns(cell: Any, role: str) -> list[dict]:
     if cell is None:
         return []
     if isinstance(cell, str):
-        if BROKEN_TURNS.match(cell) and find_turns(cell) is None:
+        turns = find_turns(cell)
+        if turns is None and BROKEN_TURNS.match(cell):
             raise ValueError(f"messages as text that is no JSON: {cell[:80]!r}")
-        cell = find_turns(cell) or {"role": role, "content": cell}
+        cell = turns or {"role": role, "content": cell}
     elif not isinstance(cell, (list, dict)):
         cell = {"role": role, "content": cell}
     if isinstance(cell, dict):
@@ -1363,11 +1366,7 @@ def read_turn(turn: Any) -> dict:
     turn["role"] = ROLES[name]
     turn["content"] = join_parts(turn.get("content"))
     if name == "function_call":
-        try:
-            calls = json.loads(turn["content"])
-        except ValueError as error:
-            told = f"a function_call must be JSON, not {turn['content'][:80]!r}"
-            raise ValueError(told) from error
+        calls = read_json(name, turn["content"])
         if isinstance(calls, dict):
             calls = [calls]
         turn["tool_calls"] = [{"type": "function", "function": call} for call in calls]
@@ -1604,8 +1603,8 @@ class PairPreparer:
                 "messages need a chat template, and the tokenizer has none; start from the "
                 "instruct version, or save a chat_template.jinja beside the tokenizer"
             )
-        tools = read_json(cells.get("tools"))
-        more = read_json(cells.get("chat_template_kwargs")) or {}
+        tools = read_json("tools", cells.get("tools"))
+        more = read_json("chat_template_kwargs", cells.get("chat_template_kwargs")) or {}
         for form in self.forms:
             render = functools.partial(
                 self.tokenizer.apply_chat_template, tools=tools, tokenize=False, **form | more
@@ -1710,11 +1709,14 @@ def repeats_prompt(cells: dict) -> bool:
     return chosen.startswith(prompt) and rejected.startswith(prompt)
 
 
-def read_json(cell: Any) -> Any:
+def read_json(name: str, cell: Any) -> Any:
     """A cell that may be JSON in a text."""
-    if isinstance(cell, str):
+    if not isinstance(cell, str):
+        return cell
+    try:
         return json.loads(cell or "null")
-    return cell
+    except ValueError as error:
+        raise ValueError(f"{name} must be JSON, not {cell[:80]!r}") from error
 
 
 def leaves_out(turn: dict, text: str) -> bool:
@@ -2076,11 +2078,17 @@ def find_reference_problems(job: Job, start: Start) -> list[str]:
 def check_pairs(job: Job, start: Start, preferences: Preferences) -> None:
     """Raise UserError where the pairs do not go with the settings or with the model's positions."""
     args = job.training_args
-    if preferences.held_out is None and args.load_best_model_at_end:
-        name = "load_best_model_at_end=True"
-        if job.settings.early_stopping_patience is not None:
-            name = f"early_stopping_patience={job.settings.early_stopping_patience}"
-        raise UserError(f"{name}: no pairs are held out to compare by; set eval_pairs")
+    comparing = ""  # the setting that compares evaluations, if there is one
+    if job.settings.early_stopping_patience is not None:
+        comparing = f"early_stopping_patience={job.settings.early_stopping_patience}"
+    elif args.load_best_model_at_end:
+        comparing = "load_best_model_at_end=True"
+    elif args.save_strategy == "best":
+        comparing = "save_strategy=best"
+    elif args.lr_scheduler_type == "reduce_lr_on_plateau":
+        comparing = "lr_scheduler_type=reduce_lr_on_plateau"
+    if comparing and preferences.held_out is None:
+        raise UserError(f"{comparing}: no pairs are held out to compare by; set eval_pairs")
     if args.max_length is not None:  # it was compared when it was read
         return
     splits = [preferences.train]

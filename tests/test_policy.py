@@ -793,7 +793,14 @@ def test_lora_on_tied_embeddings_is_not_merged(base, train):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"load_best_model_at_end": True}, {"early_stopping_patience": 2}], ids=str
+    "settings",
+    [
+        {"load_best_model_at_end": True},
+        {"early_stopping_patience": 2},
+        {"save_strategy": "best", "metric_for_best_model": "loss"},
+        {"lr_scheduler_type": "reduce_lr_on_plateau"},
+    ],
+    ids=str,
 )
 def test_the_best_checkpoint_needs_pairs_to_compare_by(settings, base, data, train, tmp_path):
     shutil.copy(data / "train.jsonl", tmp_path / "train.jsonl")

@@ -1614,3 +1614,9 @@ def test_every_layout_is_the_rendered_text_and_only_what_is_short_is_dropped(row
             assert result["packed_tokens"] == [
                 distinct_tokens(wholes[0][:max_length], wholes[1][:max_length])
             ]
+
+
+@pytest.mark.parametrize("name", ["tools", "chat_template_kwargs"])
+def test_text_that_should_be_json_is_refused_by_its_name(name, tokenizer, tmp_path):
+    rows = [as_conversations(pair(f"q{i}", "a", "b")) | {name: "no JSON"} for i in range(4)]
+    assert f"row 1: {name} must be JSON, not 'no JSON'" in refused(tmp_path, rows, tokenizer)

@@ -213,6 +213,12 @@ def test_a_file_is_a_file_whatever_its_name(name, read, refuse, tmp_path):
     only(refuse("--config", file), f"file {file}, betaa: ", "did you mean beta?")
 
 
+def test_true_and_false_may_be_numbers(read, refuse):
+    assert read("--share_prefixes", "0", "--merge=1").settings.share_prefixes is False
+    assert read("--merge", "1").settings.merge is True
+    only(refuse("--merge", "2"), "merge=2: must be true or false")
+
+
 def test_a_flag_that_says_no_takes_no_value(read, refuse):
     assert read("--no_share_prefixes").settings.share_prefixes is False
     only(refuse("--no_share_prefixes", "false"), "takes no value", "`--share_prefixes false`")
