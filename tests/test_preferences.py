@@ -986,7 +986,7 @@ def test_a_late_row_of_a_compressed_file_is_named(tokenizer, tmp_path):
     ['{"value": 5}', '{"from": "Paris", "to": "Rome"}', '{"content": "x"} and more', "[1, 2"],
 )
 def test_an_answer_that_is_json_is_text(answer, tokenizer, tmp_path):
-    rows = [pair(f"q{i}", answer, "b") for i in range(4)]
+    rows = [{"prompt": f"q{i}", "chosen": answer, "rejected": "b"} for i in range(4)]
     for found in load_file(write(tmp_path, rows), tokenizer)[0]:
         assert tokenizer.decode(found["chosen_ids"]).startswith(answer)
 
@@ -1014,13 +1014,15 @@ def test_a_conversation_in_an_odd_form_beside_whole_answers_is_told(tokenizer, t
 
 
 def test_rows_without_system_text_are_chats_beside_rows_with_it(tokenizer, tmp_path):
-    rows = [pair(f"q{i}", "a", "b", system="Be brief." if i else "") for i in range(4)]
+    texts = {"chosen": "a", "rejected": "b"}
+    rows = [{"prompt": f"q{i}", "system": "Be brief." if i else ""} | texts for i in range(4)]
     for found in load_file(write(tmp_path, rows), tokenizer)[0]:
         assert "<|im_start|>user" in tokenizer.decode(found["prompt_ids"])
 
 
 def test_an_empty_prompt_beside_messages_is_filled_from_them(tokenizer, tmp_path):
-    rows = [pair("", "a", "b") | {"messages": [user(f"q{i}")]} for i in range(4)]
+    texts = {"prompt": "", "chosen": "a", "rejected": "b"}
+    rows = [texts | {"messages": [user(f"q{i}")]} for i in range(4)]
     for i, found in enumerate(load_file(write(tmp_path, rows), tokenizer)[0]):
         assert f"q{i}" in tokenizer.decode(found["prompt_ids"])
 
