@@ -4369,6 +4369,7 @@ def read_state(folder: Path, checkpoint: Path | None) -> transformers.TrainerSta
     lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
     state.log_history = [json.loads(line) for line in lines]
     state.global_step = state.log_history[-1]["step"]
+    state.max_steps = state.global_step  # its adapter was saved: it came to its end
     return state
 
 
