@@ -558,6 +558,8 @@ def take_file(draft: Draft, path: str) -> None:
         # read from a text, yaml would quote lines in its errors, and a token may be in one
         with open(path, encoding="utf-8") as file:
             content = yaml.safe_load(file)
+            file.seek(0)
+            written = yaml.compose(file, yaml.SafeLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         draft.problems.append(f"--config {path}: {reason}; give lines such as `beta: 0.1`")
@@ -565,6 +567,10 @@ def take_file(draft: Draft, path: str) -> None:
     if not isinstance(content, dict):
         draft.problems.append(f"--config {path}: holds no lines such as `beta: 0.1`")
         return
+    # of a name that is there twice, safe_load drops the first value without a word
+    for name, count in Counter(key.value for key, _ in written.value).items():
+        if count > 1:
+            draft.problems.append(f"file {path}, {name}: is there {count} times; leave one")
     variables = content.pop("env", None) or {}
     if isinstance(variables, dict):
         set_environment(variables)

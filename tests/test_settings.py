@@ -213,6 +213,12 @@ def test_a_file_is_a_file_whatever_its_name(name, read, refuse, tmp_path):
     only(refuse("--config", file), f"file {file}, betaa: ", "did you mean beta?")
 
 
+def test_a_name_that_a_file_has_twice_is_refused(refuse, tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text("beta: 0.2\nmax_steps: 3\nbeta: 0.3\n")
+    only(refuse("--config", file), f"file {file}, beta: is there 2 times; leave one")
+
+
 def test_true_and_false_may_be_numbers(read, refuse):
     assert read("--share_prefixes", "0", "--merge=1").settings.share_prefixes is False
     assert read("--merge", "1").settings.merge is True
