@@ -32,25 +32,29 @@ if __name__ == "__main__":
     # Ctrl-C meanwhile ends the program at once, without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import atexit
 import contextlib
 import copy
+import csv
 import dataclasses
 import difflib
 import errno
 import functools
+import gc
 import glob
 import gzip
 import hashlib
+import heapq
 import importlib.metadata
 import inspect
 import io
 import json
 import logging
 import math
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 import textwrap
 import threading
@@ -59,8 +63,9 @@ import traceback
 import types
 import unicodedata
 import warnings
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from importlib.util import find_spec
@@ -168,8 +173,9 @@ def main(argv: list[str] | None = None) -> None:
             trainer = build_trainer(job, start, preferences, sharing)
             report = train_policy(trainer, job, preferences)
             save_adapter(trainer)  # first of all: nothing that comes after it can lose it
-            show_samples(trainer, job, report)
+            show_samples(trainer, job)
             save_report(trainer, job, start, report)
+            del trainer  # merging needs its memory
         if job.settings.merge and is_main_process():
             merge_adapter(job, start, preferences)
         if job.training_args.push_to_hub and is_main_process():
@@ -193,6 +199,30 @@ def say(*lines: str) -> None:
     """Print on the main process; a line that begins with `! ` is what the user should know."""
     if is_main_process():
         print(*lines, sep="\n", flush=True)
+
+
+def wrap(label: str, text: str) -> list[str]:
+    """A labelled line, wrapped to the screen; the label "!" marks what the user should know."""
+    begin = "! " if label == "!" else f"{label:<11}"
+    return textwrap.wrap(
+        begin + text,
+        width=79,
+        subsequent_indent=" " * len(begin),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def first_line(error: Exception) -> str:
+    """What a library says about an error, without its second thoughts."""
+    return str(error).strip().partition("\n")[0]
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """All or nothing: a crash leaves the old file or the new one."""
+    draft = path.with_name(f"{path.name}.tmp")
+    draft.write_bytes(content)
+    os.replace(draft, path)
 
 
 # ----------------------------------------------------------------------------------------- settings
@@ -278,6 +308,7 @@ CONSTANT_NAMES = {  # constants of the file, and the settings that they are
 OUR_DEFAULTS = {  # where a good run differs from TRL's defaults
     "use_peft": True,
     "lora_target_modules": ["all-linear"],
+    "lora_dropout": 0.0,
     "use_bnb_nested_quant": True,
     "eval_strategy": "steps",
     "save_total_limit": 2,
@@ -354,9 +385,10 @@ ABOVE_ZERO = (
     "lora_alpha max_length early_stopping_patience"
 ).split()
 NOT_NEGATIVE = (
-    "eval_pairs sample_prompts warmup_steps max_grad_norm seed data_seed weight_decay"
+    "eval_pairs sample_prompts test_split_size warmup_steps max_grad_norm seed data_seed "
+    "weight_decay"
 ).split()
-INSTEAD = {  # what to write here: what is written for other trainers, and for older libraries
+INSTEAD = {  # advice: names of other trainers and of older libraries that it answers
     "model_name_or_path": "base_model model model_name model_init adapter_name_or_path",
     "dataset_name": "dataset",
     "learning_rate": "lr",
@@ -398,6 +430,7 @@ SAME = {  # transformers' new names for old settings
     "activation_checkpointing": "gradient_checkpointing",
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
+# in the order of the first fields of Job
 PARTS = (Settings, ScriptArguments, ModelConfig, DPOConfig, DatasetMixtureConfig)
 HINTS = {name: hint for part in PARTS for name, hint in get_type_hints(part).items()}
 
@@ -412,6 +445,7 @@ class Draft:
         self.values = dict(self.defaults)
         self.origins: dict[str, str] = {}
         self.problems: list[str] = []
+        self.missing_gpu = ""
 
     def take(self, name: str, value: Any, origin: str) -> None:
         """Set a value, or note what is wrong with it."""
@@ -426,16 +460,17 @@ class Draft:
             self.problems.append(f"{origin}, {format_setting(name, value)}: {error}")
         self.origins[name] = origin
 
-    def is_constant(self, name: str) -> bool:
-        """Whether neither a file nor a flag gave this setting."""
-        return self.origins.get(name, "constant ").startswith("constant ")
-
     def refuse(self, name: str, reason: str) -> None:
         """Note what is wrong with the value of a setting."""
         problem = f"{format_setting(name, self.values[name])}: {reason}"
         if name in self.origins:
             problem = f"{self.origins[name]}, {problem}"
         self.problems.append(problem)
+
+
+def is_constant(name: str, origins: dict[str, str]) -> bool:
+    """Whether neither a file nor a flag gave this setting."""
+    return origins.get(name, "constant ").startswith("constant ")
 
 
 def format_setting(name: str, value: Any) -> str:
@@ -454,11 +489,11 @@ def read_settings(argv: list[str] | None) -> Job:
     tell_other_versions()
     words = sys.argv[1:] if argv is None else argv
     draft = Draft()
+    take_constants(draft)
     if "--help" in words or "-h" in words:
         print_help(draft, show_all="all" in words)
         sys.exit(0)
 
-    take_constants(draft)
     take_file_and_flags(draft, words)
     let_constants_give_way(draft)
     fill_in(draft)
@@ -467,16 +502,19 @@ def read_settings(argv: list[str] | None) -> Job:
     check_choices(draft)
     check_places(draft)
     check_support(draft)
+    check_loss(draft)
     check_combinations(draft)
     derive_batch(draft)
     check_packages(draft)
-    missing_gpu = check_gpu(draft)
+    check_output(draft)
+    check_upload(draft)
+    check_gpu(draft)
     if draft.problems:
         raise UserError("\n".join(draft.problems))
-    return make_job(draft, missing_gpu)
+    return make_job(draft)
 
 
-def make_job(draft: Draft, missing_gpu: str) -> Job:
+def make_job(draft: Draft) -> Job:
     """The settings as objects of their classes; what one of these finds wrong is a UserError."""
     # `accelerate launch` sets it from its file, and autocast would be on although bf16 is false
     if not draft.values["bf16"] and not draft.values["fp16"]:
@@ -490,7 +528,7 @@ def make_job(draft: Draft, missing_gpu: str) -> Job:
             ModelConfig(**pick(draft, ModelConfig)),
             training_args,
             DatasetMixtureConfig(**pick(draft, DatasetMixtureConfig)),
-            missing_gpu,
+            draft.missing_gpu,
             draft.origins,
         )
     except (ValueError, ImportError) as error:
@@ -571,6 +609,9 @@ def take_file(draft: Draft, path: str) -> None:
     for name, count in Counter(key.value for key, _ in written.value).items():
         if count > 1:
             draft.problems.append(f"file {path}, {name}: is there {count} times; leave one")
+    for new_name, name in SAME.items():
+        if {new_name, name} <= content.keys():
+            draft.problems.append(f"file {path}, {name}: {new_name} is the same; leave one")
     variables = content.pop("env", None) or {}
     if isinstance(variables, dict):
         set_environment(variables)
@@ -587,7 +628,7 @@ def set_environment(variables: dict) -> None:
         too_early = str(name).startswith(("HF_", "TRANSFORMERS_", "OMP_", "MKL_"))
         if too_early and name != "HF_TOKEN" and os.environ.get(name) != str(value):
             say(f"! env {name}: was read while the libraries loaded; set it in the shell instead")
-        os.environ[str(name)] = str(value)
+        os.environ[str(name)] = "" if value is None else str(value)
 
 
 def split_hint(hint: Any) -> dict[Any, tuple]:
@@ -653,6 +694,7 @@ def describe_kinds(kinds: dict[Any, tuple]) -> str:
         str: "a text",
         list: "a list",
         dict: "a mapping",
+        DatasetConfig: "a mapping such as {path: trl-lib/ultrafeedback_binarized}",
         Literal: "one of " + ", ".join(map(str, kinds.get(Literal, ()))),
         types.NoneType: "null",
     }
@@ -674,7 +716,11 @@ def explain_unknown(name: str) -> str:
 def let_constants_give_way(draft: Draft) -> None:
     """A constant gives way to another setting of a file or a flag that says otherwise."""
     for name, other in GIVES_WAY.items():
-        if draft.values[other] and draft.is_constant(name) and not draft.is_constant(other):
+        if (
+            draft.values[other]
+            and is_constant(name, draft.origins)
+            and not is_constant(other, draft.origins)
+        ):
             draft.values[name] = None
 
 
@@ -692,6 +738,8 @@ def fill_in(draft: Draft) -> None:
     for name in ("model_name_or_path", "dataset_name", "output_dir", "ref_model_name_or_path"):
         if values[name] is not None:
             values[name] = os.path.expanduser(values[name])
+    for part in values["datasets"]:
+        part.path = os.path.expanduser(part.path)
 
 
 def unpack_mappings(draft: Draft) -> None:
@@ -708,7 +756,7 @@ def unpack_mappings(draft: Draft) -> None:
 
 
 def check_ranges(draft: Draft) -> None:
-    """Numbers that are out of their range, values that are no choice."""
+    """Numbers that are out of their range."""
     values = draft.values
     for name in ABOVE_ZERO:
         if values[name] is not None and not 0 < values[name] < math.inf:
@@ -747,19 +795,54 @@ def check_places(draft: Draft) -> None:
     for name in ("model_name_or_path", "dataset_name", "ref_model_name_or_path"):
         path = values[name] or ""
         is_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-        is_file = path.endswith((".jsonl", ".json", ".parquet", ".csv", ".tsv"))
+        is_file = find_ending(Path(path)) in READERS
         if (is_local or is_file) and not os.path.exists(path):
             draft.refuse(name, "there is no such file or folder; check the path")
 
     folder = Path(values["output_dir"] or ".").absolute()
-    while not folder.exists():
+    while not os.path.exists(folder):  # of Path, it raises an error where it may not look
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         draft.refuse("output_dir", "is not a folder that can be written; choose another")
 
 
+def check_output(draft: Draft) -> None:
+    """An output_dir that holds what the run reads: `overwrite` would move that away."""
+    folder = Path(draft.values["output_dir"] or ".").resolve()
+    if not folder.is_dir():
+        return
+    names = ("model_name_or_path", "ref_model_name_or_path", "dataset_name")
+    sources = [draft.values[name] for name in names]
+    sources += [part.path for part in draft.values["datasets"]]
+    for source in sources:
+        if source and os.path.exists(source) and Path(source).resolve().is_relative_to(folder):
+            draft.refuse("output_dir", f"holds {source}, which the run reads; choose another")
+
+
+UPLOAD_LATER = "or leave push_to_hub out and upload the folder later with `hf upload`"
+
+
+def check_upload(draft: Draft) -> None:
+    """A name and a token for push_to_hub, while nothing has been paid for."""
+    values = draft.values
+    if not values["push_to_hub"] or not values["output_dir"] or not is_main_process():
+        return
+    try:
+        name = name_repository(values["hub_model_id"], values["output_dir"])
+        huggingface_hub.utils.validate_repo_id(name)
+        huggingface_hub.HfApi().whoami()
+    except Exception as error:  # whatever it is, the upload would fail as well
+        advice = f"`hf auth login`, check hub_model_id and the network, {UPLOAD_LATER}"
+        draft.refuse("push_to_hub", f"{first_line(error).rstrip('.')}; {advice}")
+
+
+def name_repository(hub_model_id: str | None, output_dir: str) -> str:
+    """The repository that a run is uploaded to; the user's who is logged in, if it has no owner."""
+    return hub_model_id or Path(output_dir).resolve().name
+
+
 def check_support(draft: Draft) -> None:
-    """Settings of TRL that would be ignored."""
+    """Settings that would be ignored."""
     values = draft.values
     for name, reason in UNSUPPORTED.items():
         if values[name] not in (None, "", draft.defaults[name]):
@@ -775,14 +858,30 @@ def check_support(draft: Draft) -> None:
         draft.refuse("hub_strategy", "the run is uploaded once, at its end; leave it out")
 
 
+LOSSES = set(
+    "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero "
+    "apo_down discopop sft sigmoid_norm".split()
+)
 SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}  # losses that know label_smoothing
+
+
+def check_loss(draft: Draft) -> None:
+    """Losses that there are not, and what TRL would refuse them with after the weights are read."""
+    values = draft.values
+    losses = set(values["loss_type"])
+    if not losses <= LOSSES:
+        draft.refuse("loss_type", f"must be of {', '.join(sorted(LOSSES))}")
+    if "exo_pair" in losses and not values["label_smoothing"]:
+        draft.refuse("loss_type", "exo_pair needs a label_smoothing such as 0.001")
+    if values["label_smoothing"] and not SMOOTHED & losses:
+        draft.refuse("label_smoothing", "loss_type ignores it; use robust, or leave it out")
+    if values["use_weighting"] and losses & {"aot", "aot_unpaired"}:
+        draft.refuse("use_weighting", "aot sorts the pairs, which would misalign their weights")
 
 
 def check_combinations(draft: Draft) -> None:
     """Settings that do nothing beside others, or break what others promise."""
     values = draft.values
-    if values["label_smoothing"] and not SMOOTHED & set(values["loss_type"]):
-        draft.refuse("label_smoothing", "loss_type ignores it; use robust, or leave it out")
     if values["dataset_name"] and values["datasets"]:
         draft.refuse("dataset_name", "there are `datasets:` too; leave one out")
     if values["dataset_config"] and values["datasets"]:
@@ -810,11 +909,13 @@ def derive_batch(draft: Draft) -> None:
     """Fill in what global_batch_size, batch per device and accumulation leave open."""
     values = draft.values
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    size = max(1, values["per_device_train_batch_size"])
+    size = values["per_device_train_batch_size"]
     accumulation = values["gradient_accumulation_steps"]
     total = values["global_batch_size"]
     if values["per_device_eval_batch_size"] is None:
         values["per_device_eval_batch_size"] = size
+    if any(number is not None and number < 1 for number in (size, accumulation, total)):
+        return  # told already
     if total is None:
         total = size * (accumulation or 1) * world
     if accumulation is None:
@@ -840,29 +941,35 @@ def check_packages(draft: Draft) -> None:
     values = draft.values
     if find_spec("bitsandbytes") is None:
         for name in ("load_in_4bit", "load_in_8bit", "optim"):
-            if re.search("True|bnb|paged|lion|ademamix|8bit", str(values[name])):
+            is_other = str(values[name]).startswith("adamw_torch")  # torchao's
+            if re.search("True|bnb|paged|lion|ademamix|8bit", str(values[name])) and not is_other:
                 draft.refuse(name, "needs `pip install bitsandbytes`")
     trackers = values["report_to"]
     if isinstance(trackers, str):
         trackers = [trackers]
+    known = transformers.integrations.integration_utils.INTEGRATION_TO_CALLBACK
     installed = get_available_reporting_integrations()
     for tracker in sorted(set(trackers) - {"all", "none", *installed}):
-        draft.refuse("report_to", f"{tracker} is not installed; `pip install {tracker}`")
+        if tracker in known:
+            draft.refuse("report_to", f"{tracker} is not installed; `pip install {tracker}`")
+        else:
+            draft.refuse("report_to", f"{tracker} is none of {', '.join(known)}")
 
 
-def check_gpu(draft: Draft) -> str:
-    """The GPU that a run needs; why there is none is returned where nothing is run, else ""."""
+def check_gpu(draft: Draft) -> None:
+    """The GPU that a run needs; a dry run without one only says so."""
     values = draft.values
     if values["use_cpu"]:
-        return ""
+        return
     if not torch.cuda.is_available():
         lacking = explain_missing_gpu()
         if values["dry_run"]:
+            draft.missing_gpu = lacking
             values["use_cpu"] = True
             values["tf32"] = None
-            return lacking
-        draft.problems.append(lacking)
-        return ""
+        else:
+            draft.problems.append(lacking)
+        return
     if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
         draft.problems.append(
             "several GPUs but one process; `accelerate launch --config_file "
@@ -870,36 +977,19 @@ def check_gpu(draft: Draft) -> str:
         )
     if values["bf16"] and not torch.cuda.is_bf16_supported(including_emulation=False):
         draft.refuse("bf16", "needs an Ampere GPU (2020); `--fp16 true --bf16 false`")
-    return ""
 
 
 def explain_missing_gpu() -> str:
-    """Why torch finds no GPU, and what to do."""
-    advice = "`python dpotrainer.py --config configs/quickstart.yaml` runs anywhere"
+    """Why torch finds no GPU, in its own words, and what to do."""
+    reason = "it sees none"
     try:
-        shown = subprocess.run("nvidia-smi", capture_output=True, text=True, timeout=20).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        shown = ""
-    driver = re.search(r"Driver Version: ([\d.]+)", shown)
-    newest = re.search(r"CUDA.*? Version: (\d+)\.\d+", shown)
-    if driver is None or newest is None:
-        return f"no CUDA GPU here; {advice}"
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return f"no CUDA GPU: CUDA_VISIBLE_DEVICES hides those that are here; {advice}"
-    found = f"no CUDA GPU: torch {torch.__version__}"
-    builds = "https://pytorch.org/get-started/previous-versions lists the builds"
-    needed = torch.version.cuda
-    if needed is None:
-        return f"{found} is built for CPUs, and the driver is {driver[1]}; {builds}"
-    # a driver runs all builds of its major version and of older ones
-    if int(newest[1]) < int(needed.partition(".")[0]):
-        return (
-            f"{found} is built for CUDA {needed}, and the driver, {driver[1]}, runs CUDA "
-            f"{newest[1]} at most: update the driver, or install torch for that CUDA, such as `pip "
-            f"install torch --index-url https://download.pytorch.org/whl/cu126`; {builds}"
-        )
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
     return (
-        f"{found} cannot use what is here: `python -c 'import torch; torch.cuda.init()'` says why"
+        f"no CUDA GPU for torch {torch.__version__}: {reason}; `pip install torch --index-url "
+        "https://download.pytorch.org/whl/cu126` brings a build for drivers of CUDA 12, and "
+        "`python dpotrainer.py --config configs/quickstart.yaml` runs anywhere"
     )
 
 
@@ -908,9 +998,9 @@ def tell_other_versions() -> None:
     requirements = Path(__file__).with_name("requirements.txt")
     if not requirements.exists():
         return
+    pins = re.findall(r"^(\w[\w.-]*)==([\w.]+)$", requirements.read_text("utf-8"), re.MULTILINE)
     others = []
-    for line in requirements.read_text("utf-8").split():
-        name, _, pinned = line.partition("==")
+    for name, pinned in pins:
         try:
             installed = importlib.metadata.version(name).partition("+")[0]
         except importlib.metadata.PackageNotFoundError:
@@ -943,6 +1033,7 @@ def flat_settings(job: Job) -> dict[str, Any]:
 def print_help(draft: Draft, show_all: bool) -> None:
     """The constants and our settings on a page; with `--help all` every setting."""
     if show_all:
+        draft.parser.set_defaults(**draft.values)
         draft.parser.print_help()
         return
     print(__doc__.partition("\n\nOver pairs")[0])
@@ -973,13 +1064,13 @@ class Preferences(NamedTuple):
 
 def load_preferences(job: Job, tokenizer: PreTrainedTokenizerBase) -> Preferences:
     """Read, check, tokenize and split. Raises UserError for what cannot be read."""
-    source = name_source(job)
+    source = " + ".join(name_sources(job))
     # the other processes find the work of the first in the cache
     with global_then_local_main_first():
-        splits, remarks = read_splits(job)
+        splits, remarks = read_splits(job, source)
         try:
             prepared = [
-                prepare_split(job, tokenizer, split, rows, remarks)
+                prepare_split(job, tokenizer, f"{source} ({split})", split, rows, remarks)
                 for split, rows in splits.items()
             ]
         except UnicodeDecodeError as error:  # arrow finds it when a row is read, not before
@@ -996,14 +1087,18 @@ def load_preferences(job: Job, tokenizer: PreTrainedTokenizerBase) -> Preference
     return Preferences(train, held_out, report + remarks)
 
 
-def name_source(job: Job) -> str:
-    """What the pairs were read from."""
-    return " + ".join(name_sources(job))
+def name_sources(job: Job) -> list[str]:
+    """Hub name, folder or file of each data set."""
+    if job.mixture_args.datasets:
+        return [part.path for part in job.mixture_args.datasets]
+    return [job.script_args.dataset_name]
 
 
 def hold_out(job: Job, pairs: Dataset) -> tuple[Dataset, Dataset | None]:
-    """(train, held out): by the hashes of the prompts, so that all pairs of one stay together."""
-    # not through get_dataset: it draws anew in each process and each run
+    """(train, held out): by the hashes of the prompts, so that all pairs of one stay together.
+
+    Not as trl.get_dataset splits, which draws anew in each process and each run.
+    """
     wanted = min(job.settings.eval_pairs, len(pairs) // 5)
     given = job.mixture_args.test_split_size
     if given is not None:
@@ -1035,7 +1130,7 @@ SPLITS = {  # names of HuggingFaceH4's and others, in place of TRL's defaults
 HUB_SECONDS = 5  # until the hub must have answered
 
 
-def read_splits(job: Job) -> tuple[dict[str, Dataset], list[str]]:
+def read_splits(job: Job, source: str) -> tuple[dict[str, Dataset], list[str]]:
     """{split: rows}, the first to train on, the second, if any, held out; and what was left out."""
     try:
         if job.mixture_args.datasets:
@@ -1045,8 +1140,10 @@ def read_splits(job: Job) -> tuple[dict[str, Dataset], list[str]]:
         else:
             found = read_source(job.script_args.dataset_name, job.script_args.dataset_config)
     except Exception as error:  # the network's, the hub's, arrow's, pandas'
-        raise UserError(explain_failure(name_source(job), error)) from error
-    return choose_splits(job, found)
+        if is_disk_full(error):
+            raise
+        raise UserError(explain_failure(source, error)) from error
+    return choose_splits(job, source, found)
 
 
 def read_source(name: str, config: str | None) -> dict[str, Dataset]:
@@ -1055,6 +1152,9 @@ def read_source(name: str, config: str | None) -> dict[str, Dataset]:
     if not path.exists():
         check_hub(name)
         return datasets.load_dataset(name, config)
+    is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+    if config is not None and (is_saved or path.is_file()):
+        raise ValueError(f"dataset_config={config} chooses nothing there; leave it out")
     if (path / "dataset_dict.json").exists():
         return datasets.load_from_disk(name)
     if (path / "state.json").exists():
@@ -1064,21 +1164,19 @@ def read_source(name: str, config: str | None) -> dict[str, Dataset]:
     files = [file for file in files if not file.name.startswith("dataset_info")]  # of `datasets`
     if not files:
         raise ValueError(f"no file ends in {', '.join(READERS)} (or .gz)")
-    kinds = Counter(READERS[find_ending(file)] for file in files)
-    reader = max(sorted(kinds, reverse=True), key=kinds.get)  # that of most files
-    unread = [file.name for file in files if READERS[find_ending(file)] != reader]
-    if unread:
-        say(*wrap("!", f"files of another kind that are not read: {', '.join(unread)}"))
-    files = [file for file in files if READERS[find_ending(file)] == reader]
-    if len({find_ending(file) for file in files} & {".csv", ".tsv"}) > 1:
-        raise ValueError("csv and tsv files in one folder; name one of them")
+    endings = {find_ending(file) for file in files}
+    readers = {READERS[ending] for ending in endings}
+    if len(readers) > 1 or {".csv", ".tsv"} <= endings:
+        told = ", ".join(sorted(endings))
+        raise ValueError(f"it holds files of several kinds, {told}; name one, or move the others")
+    [reader] = readers
     options = {}
     if reader == "csv":
-        options = read_as_text(files[0])
+        options = read_as_text(files)
     pattern = glob.escape(name)  # a bracket in a name would be a pattern
     if path.is_file():
         return datasets.load_dataset(reader, data_files=pattern, **options)
-    if pattern != name or unread:
+    if pattern != name:
         return datasets.load_dataset(reader, data_dir=pattern, **options)
     return datasets.load_dataset(name, config, **options)
 
@@ -1088,15 +1186,54 @@ def find_ending(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def read_as_text(path: Path) -> dict:
-    """Options to read a table like that at `path` as text: "None" and "007" are answers."""
-    separator = {".csv": ",", ".tsv": "\t"}[find_ending(path)]
-    names = pd.read_csv(path, nrows=0, sep=separator).columns
+def read_as_text(files: list[Path]) -> dict:
+    """Options to read tables as text: "None" and "007" are answers."""
+    separator = {".csv": ",", ".tsv": "\t"}[find_ending(files[0])]
+    names = read_names(files[0], separator)
     if len(names) == 1 and ";" in names[0]:  # Excel's, where a comma is in the numbers
         separator = ";"
-        names = pd.read_csv(path, nrows=0, sep=separator).columns
+        names = read_names(files[0], separator)
+    for path in files:
+        if read_names(path, separator) != names:
+            raise ValueError(f"{path.name} and {files[0].name} have different columns")
     features = datasets.Features({name: datasets.Value("string") for name in names})
-    return {"sep": separator, "keep_default_na": False, "features": features}
+    options = {"sep": separator, "keep_default_na": False, "features": features}
+    # pandas would read on to the next quote, over whole rows
+    stray = find_stray_quote(files, separator)
+    if stray and separator != "\t":
+        raise ValueError(f"{stray}; a quote inside a cell is written twice")
+    if stray:
+        options["quoting"] = csv.QUOTE_NONE
+    return options
+
+
+def open_file(path: Path, mode: str = "rt") -> Any:
+    """A file of UTF-8 that may be compressed; line ends as they are. Or its bytes, with "rb"."""
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    if mode == "rb":
+        return opener(path, mode)
+    return opener(path, mode, encoding="utf-8-sig", newline="")
+
+
+def read_names(path: Path, separator: str) -> list[str]:
+    """The columns of a table."""
+    with open_file(path) as file:
+        head = next((line for line in file if line.strip()), "")
+    return list(pd.read_csv(io.StringIO(head), sep=separator).columns)
+
+
+def find_stray_quote(files: list[Path], separator: str) -> str:
+    """The first quote that opens a cell and does not close it; "" where quotes are Excel's."""
+    csv.field_size_limit(sys.maxsize)
+    for path in files:
+        with open_file(path) as file:
+            reader = csv.reader(file, delimiter=separator, strict=True)
+            try:
+                for _ in reader:
+                    pass
+            except csv.Error as error:
+                return f"{path.name}, line {reader.line_num}: {error}"
+    return ""
 
 
 def check_hub(name: str) -> None:
@@ -1147,9 +1284,11 @@ def find_bad_line(path: Path) -> str:
     """The first line that is not UTF-8, not JSON, or has other keys than the first; or ""."""
     is_json = READERS[find_ending(path)] == "json"
     word = "row" if is_json else "line"  # a table has a line of names above its rows
-    content = path.read_bytes()
-    if path.suffix.lower() == ".gz":
-        content = gzip.decompress(content)
+    try:
+        with open_file(path, "rb") as file:
+            content = file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        return f"it is no whole gzip file: {error}"
     if not content:
         return "the file is empty"
     lines = content.splitlines()
@@ -1175,7 +1314,9 @@ def find_bad_line(path: Path) -> str:
     return ""
 
 
-def choose_splits(job: Job, found: dict[str, Dataset]) -> tuple[dict[str, Dataset], list[str]]:
+def choose_splits(
+    job: Job, source: str, found: dict[str, Dataset]
+) -> tuple[dict[str, Dataset], list[str]]:
     """The split to train on and the one held out, if any; and a line on those that are not read."""
     train = job.script_args.dataset_train_split
     test = job.script_args.dataset_test_split
@@ -1183,7 +1324,7 @@ def choose_splits(job: Job, found: dict[str, Dataset]) -> tuple[dict[str, Datase
     tests = [name for name in SPLITS.get(test, [test]) if name in found]
     if not trains or (not tests and test != "test"):
         raise UserError(
-            f"dataset_name={name_source(job)}: has the splits {', '.join(found)}, but not "
+            f"dataset_name={source}: has the splits {', '.join(found)}, but not "
             f"both dataset_train_split={train} and dataset_test_split={test}"
         )
     names = trains[:1] + tests[:1]
@@ -1225,6 +1366,8 @@ def find_columns(sample: list[dict], given: dict | None, source: str) -> dict[st
     for ours, path in given.items():
         if ours not in OUR_NAMES:
             raise UserError(f"columns: {ours} is none of {', '.join(OUR_NAMES)}")
+        if not isinstance(path, str):
+            raise UserError(f"columns: {ours} must be the name of one column, not {path}")
         if path not in sample[0] and not is_filled(sample, path):
             names = ", ".join(sample[0])
             raise UserError(f"columns: {source} has no {path} for {ours}; it has {names}")
@@ -1239,7 +1382,7 @@ def find_columns(sample: list[dict], given: dict | None, source: str) -> dict[st
         if "conversation" in columns or not are_texts:
             return columns
     if missing:
-        raise UserError(f"{source}: {explain_columns(sample, columns, missing)}")
+        raise UserError(f"{source}: {explain_columns(sample, columns, missing, given)}")
     return columns
 
 
@@ -1258,14 +1401,16 @@ def is_filled(sample: list[dict], path: str) -> bool:
     return any(find_cell(row, path) not in (None, [], "") for row in sample)
 
 
-def explain_columns(sample: list[dict], columns: dict[str, str], missing: list[str]) -> str:
+def explain_columns(
+    sample: list[dict], columns: dict[str, str], missing: list[str], given: dict[str, str]
+) -> str:
     """Why the columns are no pairs: unpaired, no order, or called by other names."""
     message = f"no column is {' or '.join(missing)}; it has {', '.join(sample[0])}\n"
     if WINNERS.intersection(sample[0]):
         return f'{message}a winner column: README, "Your own data", makes pairs of it in five lines'
     if "label" in sample[0] and len(missing) > 1:
         return f"{message}unpaired answers with labels are for `trl kto`"
-    fitting = dict.fromkeys(missing, "...")
+    fitting = given | dict.fromkeys(missing, "...")
     for ours, others in OTHER_NAMES.items():
         found = [name for name in others.split() if is_filled(sample, name)]
         if ours not in columns and found:
@@ -1274,18 +1419,18 @@ def explain_columns(sample: list[dict], columns: dict[str, str], missing: list[s
 
 
 # ---- one row: cells to turns, turns to a pair
-ROLES = {
+NAMES_OF_ROLES = {
     "system": "system",
     "developer": "developer",
     "user": "user human prompter",
     "assistant": "assistant gpt bot model chatgpt function_call",
     "tool": "tool function observation",
 }
-ROLES = {name: role for role, names in ROLES.items() for name in names.split()}
-KEYS = {"from": "role", "value": "content", "text": "content"}
+ROLES = {name: role for role, names in NAMES_OF_ROLES.items() for name in names.split()}
+OUR_KEYS = {"from": "role", "value": "content", "text": "content"}
 TRANSCRIPT = re.compile(r"\s*Human:.*\n\r?\nAssistant:", re.DOTALL)
 BROKEN_TURNS = re.compile(r"""\s*\[\s*\{\s*['"](role|from)['"]\s*:""")
-SEEN = re.compile(r"[^\s\u00ad\u200b-\u200f\u2060\ufeff]+")
+VISIBLE = re.compile(r"[^\s\u00ad\u200b-\u200f\u2060\ufeff]+")
 SCORES = (
     ("score_chosen", "score_rejected"),
     ("chosen_score", "rejected_score"),
@@ -1323,11 +1468,11 @@ def find_turns(text: str) -> list | None:
     try:
         turns = json.loads(text)
     except ValueError:
-        turns = None
+        return None
     if isinstance(turns, dict):
         turns = [turns]
     if isinstance(turns, list) and turns and all(is_message(turn) for turn in turns):
-        return turns
+        return remove_none_values(turns)
     return None
 
 
@@ -1365,7 +1510,7 @@ def read_turn(turn: Any) -> dict:
             f"{str(turn)[:80]!r} stands where a message should be; where a cell holds several "
             'answers, make a pair of each: README, "Your own data"'
         )
-    turn = {KEYS.get(key, key): value for key, value in turn.items()}
+    turn = {OUR_KEYS.get(key, key): value for key, value in turn.items()}
     name = str(turn.get("role")).lower()
     if name not in ROLES:
         raise ValueError(f"{name!r} is no role; one of {', '.join(ROLES)}")
@@ -1375,6 +1520,8 @@ def read_turn(turn: Any) -> dict:
         calls = read_json(name, turn["content"])
         if isinstance(calls, dict):
             calls = [calls]
+        if not isinstance(calls, list):
+            raise ValueError(f"function_call must hold a call as JSON, not {turn['content']!r}")
         turn["tool_calls"] = [{"type": "function", "function": call} for call in calls]
         turn["content"] = ""
     return turn
@@ -1403,48 +1550,63 @@ def read_pair(cells: dict) -> Pair:
     remarks = []
     chosen = read_turns(cells.get("chosen"), "assistant")
     rejected = read_turns(cells.get("rejected"), "assistant")
-    system = read_turns(cells.get("system"), "system")
     asked = read_turns(cells.get("prompt"), "user")
+    end_transcript(asked, [chosen, rejected])
     has_prompt = bool(asked) and not is_blank(asked[-1])
-    is_spare = has_prompt or (is_conversation(chosen) and is_conversation(rejected))
-    conversation = read_conversation(cells.get("conversation"), is_spare, remarks)
+    # the pair is complete without it
+    may_be_unreadable = has_prompt or (is_conversation(chosen) and is_conversation(rejected))
+    conversation = read_conversation(cells.get("conversation"), may_be_unreadable, remarks)
     if not has_prompt and conversation:
         asked = conversation
-
-    # what was asked may go on to an answer, or end in "\n\nAssistant:"
-    for end in (chosen, rejected, [{"role": "assistant", "content": ""}]):
-        if end and asked[-len(end) :] == end:
-            asked = asked[: -len(end)]
+    for answer in (chosen, rejected):  # what was asked may go on to an answer
+        if answer and asked[-len(answer) :] == answer:
+            asked = asked[: -len(answer)]
 
     # the prompt is what both whole conversations begin with: at least what was asked, and up to
     # the last turn that is not the assistant's
-    first = join_turns(asked, chosen)
-    second = join_turns(asked, rejected)
-    prompt = first[: common_prefix_length(first, second)]
+    whole_chosen = join_turns(asked, chosen)
+    whole_rejected = join_turns(asked, rejected)
+    prompt = whole_chosen[: common_prefix_length(whole_chosen, whole_rejected)]
     # one that was given stays whole: if it ends in an answer, the pair is dropped later
     while prompt and prompt != asked and prompt[-1]["role"] == "assistant":
         prompt.pop()
     if not asked and all(turn["role"] != "user" for turn in prompt):
         prompt = []  # a system turn alone asks nothing
-    chosen = first[len(prompt) :]
-    rejected = second[len(prompt) :]
-    if any(turn not in first + second for turn in asked + conversation):
+    chosen = whole_chosen[len(prompt) :]
+    rejected = whole_rejected[len(prompt) :]
+    if any(turn not in whole_chosen + whole_rejected for turn in asked + conversation):
         remarks.append("turns of the prompt or conversation that the answers are without")
-
-    if prompt and system and not is_blank(system[0]):
-        if prompt[0]["role"] not in ("system", "developer"):
-            prompt = system + prompt
-        elif prompt[0]["content"] != system[0]["content"]:
-            remarks.append("the system column contradicts the system turn, it is not read")
+    prompt = add_system(prompt, read_turns(cells.get("system"), "system"), remarks)
     return Pair(prompt, chosen, rejected, remarks)
 
 
-def read_conversation(cell: Any, is_spare: bool, remarks: list[str]) -> list[dict]:
-    """The turns beside prompt and answers; where they are to spare, none if they are unreadable."""
+def end_transcript(asked: list[dict], answers: list[list[dict]]) -> None:
+    """Take the empty turn from "Human: ... Assistant:", and the blank after it from the answers."""
+    if asked[-1:] != [{"role": "assistant", "content": ""}]:
+        return
+    asked.pop()
+    for answer in answers:
+        if len(answer) == 1:
+            answer[0]["content"] = answer[0]["content"].strip()
+
+
+def add_system(prompt: list[dict], system: list[dict], remarks: list[str]) -> list[dict]:
+    """The prompt with the turn of the system column in front, if it has none of its own."""
+    if not prompt or not system or is_blank(system[0]):
+        return prompt
+    if prompt[0]["role"] not in ("system", "developer"):
+        return system + prompt
+    if prompt[0]["content"] != system[0]["content"]:
+        remarks.append("the system column contradicts the system turn, it is not read")
+    return prompt
+
+
+def read_conversation(cell: Any, may_be_unreadable: bool, remarks: list[str]) -> list[dict]:
+    """The turns beside prompt and answers; none where they are unreadable and may be."""
     try:
         return read_turns(cell, "user")
     except ValueError:
-        if not is_spare:
+        if not may_be_unreadable:
             raise
     remarks.append("a conversation column in a form that is not known is left out")
     return []
@@ -1465,12 +1627,12 @@ def is_conversation(turns: list[dict]) -> bool:
 
 def visible(text: str) -> str:
     """A text without white space and invisible characters."""
-    return "".join(SEEN.findall(text))
+    return "".join(VISIBLE.findall(text))
 
 
 def is_blank(turn: dict) -> bool:
     """Whether a turn says nothing."""
-    return not SEEN.search(turn["content"]) and not turn.get("tool_calls")
+    return not VISIBLE.search(turn["content"]) and not turn.get("tool_calls")
 
 
 def why_unusable(pair: Pair) -> str:
@@ -1478,9 +1640,9 @@ def why_unusable(pair: Pair) -> str:
     prompt, chosen, rejected, _ = pair
     if not chosen or not rejected or is_blank(chosen[-1]) or is_blank(rejected[-1]):
         return "empty side"
-    if not prompt or is_conversation(chosen) or is_conversation(rejected):
+    if is_conversation(chosen) or is_conversation(rejected):
         return "histories differ"
-    if is_blank(prompt[-1]):
+    if not prompt or is_blank(prompt[-1]):
         return "empty side"
     if prompt[-1]["role"] == "assistant":
         return "prompt ends in an answer"
@@ -1496,7 +1658,8 @@ def compare_scores(pair: Pair, row: dict) -> str:
         with contextlib.suppress(TypeError, ValueError):  # no numbers
             chosen, rejected = (float(row.get(name)) for name in names)
             margins.append(chosen - rejected)
-    if 0 in margins or str(row.get("status")).lower() == "tie":
+    is_tied = bool(margins) and not any(margins)
+    if is_tied or str(row.get("status")).lower() == "tie":
         return "tied scores"
     if any(margin < 0 for margin in margins):
         pair.remarks.append("the rejected answer has the higher score: are the columns swapped?")
@@ -1515,8 +1678,10 @@ class PairPreparer:
         sample: list[dict],  # the first rows
     ) -> None:
         # nothing else of the job, so that other settings leave the cache valid
-        has_system = "system" in columns and tokenizer.chat_template is not None
-        self.makes_chats = job.settings.chat_strings or has_system
+        needs_template = {"system", "tools", "chat_template_kwargs"} & columns.keys()
+        self.makes_chats = job.settings.chat_strings or (
+            bool(needs_template) and tokenizer.chat_template is not None
+        )
         self.max_length = job.training_args.max_length or sys.maxsize
         self.tokenizer = tokenizer
         self.columns = columns
@@ -1596,7 +1761,7 @@ class PairPreparer:
             texts = self.apply_template(pair, cells)
         for i in (1, 2):
             parts = self.special.split(texts[i])
-            if not SEEN.search("".join(parts)):
+            if not VISIBLE.search("".join(parts)):
                 texts[i] = ""
             elif parts[-1].strip():  # the model must learn to stop
                 texts[i] += self.tokenizer.eos_token
@@ -1611,6 +1776,8 @@ class PairPreparer:
             )
         tools = read_json("tools", cells.get("tools"))
         more = read_json("chat_template_kwargs", cells.get("chat_template_kwargs")) or {}
+        if not isinstance(more, dict):
+            raise ValueError(f"chat_template_kwargs must be a mapping, not {more}")
         for form in self.forms:
             render = functools.partial(
                 self.tokenizer.apply_chat_template, tools=tools, tokenize=False, **form | more
@@ -1640,16 +1807,15 @@ class PairPreparer:
         # special tokens part a text: with each answer, only what follows the last one of the
         # prompt has to be tokenized again
         tails = [self.special.split(prompt)[-1] for prompt in prompts]
-        first = [tail + answer for tail, answer in zip(tails, chosen)]
-        second = [tail + answer for tail, answer in zip(tails, rejected)]
-        ids = self.encode([*prompts, *tails, *first, *second])  # one call is faster than four
-        count = len(rendered)  # of prompts, then of tails, of first and of second
+        prompt_ids = self.encode(list(prompts))
+        tail_ids = self.encode(tails)
+        with_chosen = self.encode([tail + answer for tail, answer in zip(tails, chosen)])
+        with_rejected = self.encode([tail + answer for tail, answer in zip(tails, rejected)])
         measured = []
         for i, pair in enumerate(rendered):
-            prompt, tail, *wholes = ids[i::count]
-            chosen_ids = self.cut_tail(wholes[0], tail, chosen[i])
-            rejected_ids = self.cut_tail(wholes[1], tail, rejected[i])
-            measured.append(self.measure(pair, prompt, chosen_ids, rejected_ids))
+            chosen_ids = self.cut_tail(with_chosen[i], tail_ids[i], chosen[i])
+            rejected_ids = self.cut_tail(with_rejected[i], tail_ids[i], rejected[i])
+            measured.append(self.measure(pair, prompt_ids[i], chosen_ids, rejected_ids))
         return measured
 
     def encode(self, texts: list[str]) -> list[list[int]]:
@@ -1671,15 +1837,19 @@ class PairPreparer:
         """The columns of one pair."""
         if pair["is_raw"] and prompt[:1] != self.bos:
             prompt = self.bos + prompt
-        first = (prompt + chosen)[: self.max_length]
-        second = (prompt + rejected)[: self.max_length]
+        chosen_row = (prompt + chosen)[: self.max_length]
+        rejected_row = (prompt + rejected)[: self.max_length]
         dropped = pair["dropped"]
         if not dropped and len(prompt) >= self.max_length:
             dropped = "prompt leaves no room"
-        elif not dropped and first == second:
+        elif not dropped and chosen_row == rejected_row:
             dropped = "equal after truncation"
         # each row computes its own last token
-        shared = min(common_prefix_length(first, second), len(first) - 1, len(second) - 1)
+        shared = min(
+            common_prefix_length(chosen_row, rejected_row),
+            len(chosen_row) - 1,
+            len(rejected_row) - 1,
+        )
         return {
             "prompt_ids": np.array(prompt, "int32"),
             "chosen_ids": np.array(chosen, "int32"),
@@ -1687,9 +1857,9 @@ class PairPreparer:
             "prompt_tokens": len(prompt),
             "chosen_tokens": len(chosen),
             "rejected_tokens": len(rejected),
-            "packed_tokens": len(first) + len(second) - shared,
+            "packed_tokens": len(chosen_row) + len(rejected_row) - shared,
             "prompt_hash": hash_tokens(prompt),
-            "pair_hash": hash_tokens([len(prompt), len(first), *first, *second]),
+            "pair_hash": hash_tokens([len(prompt), len(chosen_row), *chosen_row, *rejected_row]),
             "dropped": dropped,
             "remarks": pair["remarks"],
         }
@@ -1746,17 +1916,21 @@ def explain_renderings(texts: list[str]) -> str:
 
 # ---- a split and its report
 def prepare_split(
-    job: Job, tokenizer: PreTrainedTokenizerBase, split: str, rows: Dataset, remarks: list[str]
+    job: Job,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    split: str,
+    rows: Dataset,
+    remarks: list[str],
 ) -> Dataset:
     """One split, tokenized and without its bad pairs; adds the lines on it to `remarks`."""
-    source = f"{name_source(job)} ({split})"
     if len(rows) == 0:
         raise UserError(f"{source}: there are no rows")
     sample = list(rows.take(100))
     columns = find_columns(sample, job.settings.columns, source)
     heads = {path.partition(".")[0] for path in columns.values()}
-    read = heads.union(columns.values(), ["status"], *SCORES)
-    rows = rows.select_columns([name for name in rows.column_names if name in read])
+    read_columns = heads.union(columns.values(), ["status"], *SCORES)
+    rows = rows.select_columns([name for name in rows.column_names if name in read_columns])
     processes = job.training_args.dataset_num_proc
     if processes is None and len(rows) > 5000:
         processes = min(8, os.cpu_count())
@@ -1774,7 +1948,7 @@ def prepare_split(
         raise
     except ValueError as error:
         raise UserError(f"{source}, {error}") from error
-    unread = [name for name in sorted(LIKE_A_PROMPT - read) if is_filled(sample, name)]
+    unread = [name for name in sorted(LIKE_A_PROMPT - read_columns) if is_filled(sample, name)]
     if unread:
         names = ", ".join(unread)
         remarks += wrap("!", f"{split}: columns like a prompt's that are not read: {names}")
@@ -1819,7 +1993,7 @@ def describe_lengths(
     if max_length is None or not (whole > max_length).any():
         return []
     share = (whole[:, is_good] > max_length).mean()
-    # also of the rows whose prompt leaves no room; those dropped before have no tokens
+    # also of the rows whose prompt leaves no room
     enough = int(np.quantile(whole[whole > 0], 0.99, method="higher"))
     return wrap(
         "cut",
@@ -1849,54 +2023,57 @@ def describe_pair(
 
 
 # ------------------------------------------------------------------------------- policy and trainer
+class Source(NamedTuple):
+    """A model on the hub or in a folder: a base, or an adapter on top of one."""
+
+    name: str
+    revision: str | None
+    base_name: str  # the same as `name` where that is no adapter
+    base_revision: str | None
+    adapter: peft.PeftConfig | None
+
+
 @dataclass
 class Start:
     """What a run starts from; no weights are read."""
 
+    source: Source  # with an adapter if that of SFT is the start: training continues it
     config: transformers.PretrainedConfig  # of the base
     tokenizer: PreTrainedTokenizerBase
-    base_name: str  # hub name or folder of the base model
-    base_revision: str | None
-    # of the SFT adapter, if the start is one: training continues it
-    adapter: peft.PeftConfig | None
     # the policy with its adapter switched off, a frozen copy of its adapter, or a second model
     reference: Literal["base", "adapter", "copy"]
 
 
 def load_start(job: Job) -> Start:
-    """Read configuration and tokenizer; UserError where they do not go with the settings."""
-    name = job.model_args.model_name_or_path
-    revision = job.model_args.model_revision
-    check_hub(name)
-    adapter = load_adapter_config(name, revision)
-    base_name = name
-    base_revision = revision
-    if adapter is not None:
-        base_name = adapter.base_model_name_or_path
-        base_revision = adapter.revision
-        check_hub(base_name)
-    try:
-        config = transformers.AutoConfig.from_pretrained(base_name, revision=base_revision)
-        config.get_text_config()  # a ValueError where there are several
-    except (OSError, ValueError) as error:
-        what = f"model_name_or_path={name}"
-        if adapter is not None:
-            what += f" is an adapter of base_model_name_or_path={base_name}, which"
-        raise UserError(f"{what} cannot be read: {first_line(error)}; {hub_advice()}") from error
+    """Read configuration and tokenizer; UserError where they do not go with the settings.
 
+    What they decide is filled in: `dtype: auto`, and the shape of an adapter that is the start.
+    """
+    name = job.model_args.model_name_or_path
+    check_hub(name)
+    what = f"model_name_or_path={name}"
+    try:
+        source = find_source(name, job.model_args.model_revision)
+        if source.adapter is not None:
+            what += f" is an adapter of base_model_name_or_path={source.base_name}, which"
+            check_hub(source.base_name)
+        config = load_config(source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what} cannot be read: {explain_unreadable(error)}") from error
+    try:
+        tokenizer = load_tokenizer(source)
+    except (OSError, ValueError) as error:
+        told = f"model_name_or_path={name}: no tokenizer: {explain_unreadable(error)}"
+        raise UserError(told) from error
+    tokenizer.pad_token = job.training_args.pad_token or tokenizer.pad_token or tokenizer.eos_token
     if job.model_args.dtype == "auto":
         job.model_args.dtype = str(config.dtype or torch.float32).removeprefix("torch.")
 
-    try:
-        tokenizer = load_tokenizer(name, revision, adapter)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model_name_or_path={name}: no tokenizer: {first_line(error)}") from error
-    tokenizer.pad_token = job.training_args.pad_token or tokenizer.pad_token or tokenizer.eos_token
-
-    start = Start(
-        config, tokenizer, base_name, base_revision, adapter, choose_reference(job, adapter)
-    )
-    problems = [
+    problems = []
+    if source.adapter is not None:
+        problems += take_adapter_shape(job, source.adapter)
+    start = Start(source, config, tokenizer, choose_reference(job, source))
+    problems += [
         *find_base_problems(job, config),
         *find_tokenizer_problems(start),
         *find_adapter_problems(job, start),
@@ -1907,27 +2084,56 @@ def load_start(job: Job) -> Start:
     return start
 
 
-def first_line(error: Exception) -> str:
-    """What a library says about an error, without its second thoughts."""
-    return str(error).strip().partition("\n")[0]
+def explain_unreadable(error: Exception) -> str:
+    """Why a model cannot be read, and what to do."""
+    if "trust_remote_code" in str(error):
+        return "it needs code of its author, and remote code is not run here; take another model"
+    return f"{first_line(error)}; {hub_advice()}"
 
 
-def load_adapter_config(name: str, revision: str | None) -> peft.PeftConfig | None:
-    """The configuration of a PEFT adapter; None where `name` is no adapter."""
+def find_source(name: str, revision: str | None) -> Source:
+    """Find out whether a name is a PEFT adapter's, and on top of what.
+
+    Raises OSError or ValueError where it cannot be read, UserError where PEFT cannot use it.
+    """
     if find_adapter_config_file(name, revision=revision) is None:
-        return None
-    return peft.PeftConfig.from_pretrained(name, revision=revision)
+        return Source(name, revision, name, revision, None)
+    try:
+        adapter = peft.PeftConfig.from_pretrained(name, revision=revision)
+    except KeyError as error:
+        told = f"{name}: PEFT {peft.__version__} knows no adapter of peft_type={error}"
+        raise UserError(f"{told}; start from its base, or from a LoRA") from error
+    if not adapter.base_model_name_or_path:
+        raise UserError(
+            f"{name}: its adapter_config.json names no base_model_name_or_path; write there which "
+            "model it belongs to"
+        )
+    return Source(name, revision, adapter.base_model_name_or_path, adapter.revision, adapter)
 
 
-def load_tokenizer(
-    name: str, revision: str | None, adapter: peft.PeftConfig | None
-) -> PreTrainedTokenizerBase:
+def load_config(source: Source) -> transformers.PretrainedConfig:
+    """The configuration of the base; a ValueError where it has several models of text."""
+    # None, the default, would ask on the screen whether to run remote code
+    config = transformers.AutoConfig.from_pretrained(
+        source.base_name, revision=source.base_revision, trust_remote_code=False
+    )
+    config.get_text_config()
+    return config
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; that of the base where SFT has saved the adapter alone."""
-    has_none = os.path.isdir(name) and not Path(name, "tokenizer_config.json").exists()
-    if has_none and adapter is not None:
-        name = adapter.base_model_name_or_path
-        revision = adapter.revision
-    return AutoTokenizer.from_pretrained(name, revision=revision)
+    try:
+        return AutoTokenizer.from_pretrained(
+            source.name, revision=source.revision, trust_remote_code=False
+        )
+    except (OSError, ValueError):
+        if source.adapter is None:
+            raise
+    say(f"! {source.name}: no tokenizer can be read; that of its base is used")
+    return AutoTokenizer.from_pretrained(
+        source.base_name, revision=source.base_revision, trust_remote_code=False
+    )
 
 
 def count_positions(config: transformers.PretrainedConfig) -> float:
@@ -1935,14 +2141,12 @@ def count_positions(config: transformers.PretrainedConfig) -> float:
     return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
-def choose_reference(
-    job: Job, adapter: peft.PeftConfig | None
-) -> Literal["base", "adapter", "copy"]:
+def choose_reference(job: Job, source: Source) -> Literal["base", "adapter", "copy"]:
     """`auto` is the model that training starts from: the base, or the SFT adapter on top of it."""
     asked = job.settings.reference
     if asked == "copy":
         return "copy"
-    if asked == "adapter" or adapter is not None:
+    if asked == "adapter" or source.adapter is not None:
         return "adapter"
     return "base"
 
@@ -1985,14 +2189,16 @@ def find_tokenizer_problems(start: Start) -> list[str]:
     tokenizer = start.tokenizer
     problems = []
     if tokenizer.eos_token is None:
-        problems.append(f"the tokenizer of {start.base_name} has no eos_token; set one and save it")
+        problems.append(
+            f"the tokenizer of {start.source.base_name} has no eos_token; set one and save it"
+        )
     if tokenizer.pad_token is not None and tokenizer.pad_token not in tokenizer.get_vocab():
         problems.append(f"pad_token={tokenizer.pad_token}: is not in the vocabulary; leave it out")
     embedded = start.config.get_text_config().vocab_size
-    if start.adapter is None and len(tokenizer) > embedded:
+    if start.source.adapter is None and len(tokenizer) > embedded:
         problems.append(
-            f"the tokenizer has {len(tokenizer)} tokens, {start.base_name} embeds {embedded}: "
-            "call model.resize_token_embeddings(len(tokenizer)) and save the model"
+            f"the tokenizer has {len(tokenizer)} tokens, {start.source.base_name} embeds "
+            f"{embedded}: call model.resize_token_embeddings(len(tokenizer)) and save the model"
         )
     return problems
 
@@ -2005,16 +2211,15 @@ def find_adapter_problems(job: Job, start: Start) -> list[str]:
     if trains_head and is_sharded():
         problems.append(
             "lora_modules_to_save=lm_head: in a sharded model its gradient would not be averaged "
-            "over the processes; leave it out"
+            "over the processes; train without it, or in one process"
         )
-    if start.adapter is None:
+    if start.source.adapter is None:
         if job.settings.reference == "adapter":
             problems.append(f"reference=adapter: {name} is no adapter; leave `reference` out")
         return problems
-    problems += take_adapter_shape(job, start.adapter)
-    if start.adapter.is_prompt_learning:
+    if start.source.adapter.is_prompt_learning:
         problems.append(f"{name} is a prompt-learning adapter; start from its base, or from a LoRA")
-    trains_more_modules = getattr(start.adapter, "modules_to_save", None)
+    trains_more_modules = getattr(start.source.adapter, "modules_to_save", None)
     if trains_more_modules and start.reference == "adapter":
         problems.append(
             f"{name} also holds whole modules ({', '.join(trains_more_modules)}), of which no "
@@ -2026,7 +2231,10 @@ def find_adapter_problems(job: Job, start: Start) -> list[str]:
 ADAPTER_SHAPE = {  # settings that make a fresh adapter, and what a starting one calls them
     "lora_r": "r",
     "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
     "lora_target_modules": "target_modules",
+    "lora_target_parameters": "target_parameters",
+    "lora_modules_to_save": "modules_to_save",
     "use_dora": "use_dora",
     "use_rslora": "use_rslora",
 }
@@ -2036,21 +2244,29 @@ def take_adapter_shape(job: Job, adapter: peft.PeftConfig) -> list[str]:
     """A starting adapter's own shape replaces constants; a file or flag against it is a problem."""
     problems = []
     for name, own_name in ADAPTER_SHAPE.items():
-        own = getattr(adapter, own_name, None)
-        if own is None:  # of another kind than LoRA
+        if not hasattr(adapter, own_name):  # of another kind than LoRA
             continue
+        if name == "lora_dropout" and job.training_args.disable_dropout:  # it is 0
+            continue
+        own = getattr(adapter, own_name)
         if isinstance(own, set):
             own = sorted(own)
         given = getattr(job.model_args, name)
-        is_same = given == own or (isinstance(given, list) and sorted(given) == own)
-        origin = job.origins.get(name, "constant ")
-        if not is_same and not origin.startswith("constant "):
+        is_same = as_list(given) == as_list(own)
+        if not is_same and not is_constant(name, job.origins):
             problems.append(
-                f"{origin}, {name}={given}: the starting adapter has {own}; leave it out, or merge "
-                "the adapter and start from the merged model"
+                f"{job.origins[name]}, {name}={given}: the starting adapter has {own}; leave it "
+                "out, or merge the adapter and start from the merged model"
             )
         setattr(job.model_args, name, own)
     return problems
+
+
+def as_list(value: Any) -> list:
+    """A setting's values in order: TRL takes a list of one apart."""
+    if isinstance(value, list):
+        return sorted(value)
+    return [value] if value else []
 
 
 def find_reference_problems(job: Job, start: Start) -> list[str]:
@@ -2059,18 +2275,11 @@ def find_reference_problems(job: Job, start: Start) -> list[str]:
     if start.reference != "copy" or name is None:
         return []
     try:
-        adapter = load_adapter_config(name, None)
-        base = name
-        revision = None
-        if adapter is not None:
-            base = adapter.base_model_name_or_path
-            revision = adapter.revision
-        config = transformers.AutoConfig.from_pretrained(base, revision=revision)
-        tokenizer = load_tokenizer(name, None, adapter)
+        source = find_source(name, None)
+        config = load_config(source)
+        tokenizer = load_tokenizer(source)
     except (OSError, ValueError) as error:
-        return [
-            f"ref_model_name_or_path={name}: cannot be read: {first_line(error)}; {hub_advice()}"
-        ]
+        return [f"ref_model_name_or_path={name}: cannot be read: {explain_unreadable(error)}"]
     embedded = config.get_text_config().vocab_size
     has_same_size = embedded == start.config.get_text_config().vocab_size
     if not has_same_size or tokenizer.get_vocab() != start.tokenizer.get_vocab():
@@ -2084,17 +2293,11 @@ def find_reference_problems(job: Job, start: Start) -> list[str]:
 def check_pairs(job: Job, start: Start, preferences: Preferences) -> None:
     """Raise UserError where the pairs do not go with the settings or with the model's positions."""
     args = job.training_args
-    comparing = ""  # the setting that compares evaluations, if there is one
-    if job.settings.early_stopping_patience is not None:
-        comparing = f"early_stopping_patience={job.settings.early_stopping_patience}"
-    elif args.load_best_model_at_end:
-        comparing = "load_best_model_at_end=True"
-    elif args.save_strategy == "best":
-        comparing = "save_strategy=best"
-    elif args.lr_scheduler_type == "reduce_lr_on_plateau":
-        comparing = "lr_scheduler_type=reduce_lr_on_plateau"
-    if comparing and preferences.held_out is None:
-        raise UserError(f"{comparing}: no pairs are held out to compare by; set eval_pairs")
+    needs_evaluation = find_comparing(job)
+    if args.eval_on_start:
+        needs_evaluation = "eval_on_start=True"
+    if needs_evaluation and preferences.held_out is None:
+        raise UserError(f"{needs_evaluation}: no pairs are held out for it; set eval_pairs")
     if args.max_length is not None:  # it was compared when it was read
         return
     splits = [preferences.train]
@@ -2106,9 +2309,23 @@ def check_pairs(job: Job, start: Start, preferences: Preferences) -> None:
     positions = count_positions(start.config)
     if longest > positions:
         raise UserError(
-            f"max_length=null: the longest row has {longest} tokens, {start.base_name} has "
+            f"max_length=null: the longest row has {longest} tokens, {start.source.base_name} has "
             f"positions for {positions}; set max_length to {positions} or less"
         )
+
+
+def find_comparing(job: Job) -> str:
+    """The setting that compares evaluations, as `name=value`; "" if there is none."""
+    args = job.training_args
+    if job.settings.early_stopping_patience is not None:
+        return f"early_stopping_patience={job.settings.early_stopping_patience}"
+    if args.load_best_model_at_end:
+        return "load_best_model_at_end=True"
+    if args.save_strategy == "best":
+        return "save_strategy=best"
+    if args.lr_scheduler_type == "reduce_lr_on_plateau":
+        return "lr_scheduler_type=reduce_lr_on_plateau"
+    return ""
 
 
 def is_switched_on(variable: str) -> bool:
@@ -2116,9 +2333,14 @@ def is_switched_on(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("1", "true")
 
 
+def is_deepspeed() -> bool:
+    """Whether DeepSpeed trains, as the launcher says."""
+    return is_switched_on("ACCELERATE_USE_DEEPSPEED")
+
+
 def is_sharded() -> bool:
     """Whether FSDP or DeepSpeed splits the model over processes, as the launcher says."""
-    return is_switched_on("ACCELERATE_USE_FSDP") or is_switched_on("ACCELERATE_USE_DEEPSPEED")
+    return is_switched_on("ACCELERATE_USE_FSDP") or is_deepspeed()
 
 
 def load_causal_lm(
@@ -2145,35 +2367,31 @@ def load_causal_lm(
             attn_implementation=job.model_args.attn_implementation,
             use_safetensors=True,  # pickled weights can run code
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in that information, and refused
+            trust_remote_code=False,
             **options,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{name} cannot be loaded: {first_line(error)}; {hub_advice()}") from error
-    refuse_misfits(name, found["missing_keys"], found["unexpected_keys"])
+        raise UserError(f"{name} cannot be loaded: {explain_unreadable(error)}") from error
+    other_shapes = [weight for weight, *_ in found["mismatched_keys"]]
+    refuse_misfits(name, [*found["missing_keys"], *found["unexpected_keys"], *other_shapes])
     return model
 
 
-def refuse_misfits(name: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+def refuse_misfits(name: str, misfits: list[str]) -> None:
     """Raise UserError where a file does not hold exactly the weights of its model."""
-    problems = []
-    if missing:
-        problems.append(
-            f"{name}: {len(missing)} weights are not in the file, such as {sorted(missing)[0]}"
+    if misfits:
+        raise UserError(
+            f"{name}: {len(misfits)} weights are missing, left over or of another shape, such as "
+            f"{min(misfits)}; the files are damaged, or belong to another model: save or download "
+            "it again"
         )
-    if unexpected:
-        problems.append(
-            f"{name}: {len(unexpected)} weights fit nowhere, such as {sorted(unexpected)[0]}"
-        )
-    if problems:
-        problems.append(
-            "The files are damaged, or belong to another model: save or download it again"
-        )
-        raise UserError("\n".join(problems))
 
 
 def make_room(base: transformers.PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Enlarge the embedding for tokens that SFT added, as PEFT's own loading does."""
-    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+    # not the weight's own shape, which is empty where ZeRO-3 parts it out
+    if len(tokenizer) > base.config.get_text_config().vocab_size:
         base.resize_token_embeddings(len(tokenizer))
 
 
@@ -2184,40 +2402,41 @@ def load_with_adapter(
     config = peft.PeftConfig.from_pretrained(name, revision=revision)
     config.inference_mode = False
     model = peft.get_peft_model(base, config)
-    found = model.load_adapter(name, "default", is_trainable=True, revision=revision)
-    refuse_misfits(name, found.missing_keys, found.unexpected_keys)
+    try:
+        found = model.load_adapter(name, "default", is_trainable=True, revision=revision)
+    except RuntimeError as error:
+        refuse_misfits(name, re.findall(r"size mismatch for (\S+):", str(error)))
+        raise
+    refuse_misfits(name, [*found.missing_keys, *found.unexpected_keys])
     return model
 
 
-def load_policy(job: Job, start: Start) -> transformers.PreTrainedModel | peft.PeftModel:
-    """The model to train: the base, or the SFT adapter on top of it."""
-    base = load_causal_lm(job, start.base_name, start.base_revision)
-    if start.adapter is None:
+def load_model(
+    job: Job, source: Source, tokenizer: PreTrainedTokenizerBase
+) -> transformers.PreTrainedModel | peft.PeftModel:
+    """A base, or the adapter on top of it."""
+    base = load_causal_lm(job, source.base_name, source.base_revision)
+    if source.adapter is None:
         return base
-    make_room(base, start.tokenizer)
-    return load_with_adapter(base, job.model_args.model_name_or_path, job.model_args.model_revision)
+    make_room(base, tokenizer)
+    return load_with_adapter(base, source.name, source.revision)
 
 
 def load_reference(job: Job, start: Start) -> transformers.PreTrainedModel | None:
     """The second, frozen model of `reference: copy`; None where the policy is its own reference."""
     if start.reference != "copy":
         return None
-    name = job.settings.ref_model_name_or_path
-    if name is None:
-        name = job.model_args.model_name_or_path
-        revision = job.model_args.model_revision
-    else:
-        revision = None
-    adapter = load_adapter_config(name, revision)
-    if adapter is None:
-        return load_causal_lm(job, name, revision)
-    base = load_causal_lm(job, adapter.base_model_name_or_path, adapter.revision)
-    make_room(base, start.tokenizer)
-    model = load_with_adapter(base, name, revision).get_base_model()
+    source = start.source
+    if job.settings.ref_model_name_or_path is not None:
+        source = find_source(job.settings.ref_model_name_or_path, None)
+    model = load_model(job, source, start.tokenizer)
+    if source.adapter is None:
+        return model
+    model = model.get_base_model()
     # TRL multiplies by the head's own weight: an adapter on it would be left out without a word
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise UserError(
-            f"{name} has LoRA on its output head; merge it first and name the merged model"
+            f"{source.name} has LoRA on its output head; merge it first and name the merged model"
         )
     return model
 
@@ -2242,58 +2461,74 @@ def build_trainer(
     job: Job, start: Start, preferences: Preferences, sharing: "Sharing"
 ) -> "PreferenceTrainer":
     """Policy, reference and pairs in a trainer: the calls of the tutorial."""
-    spare_cpu(job.training_args)
-    policy = load_policy(job, start)
+    policy = load_model(job, start.source, start.tokenizer)
     reference = load_reference(job, start)
     models = [policy] if reference is None else [policy, reference]
+    spare_cpu(job.training_args)
     if job.training_args.disable_dropout:
         for model in models:
             disable_numeric_dropout(model)
 
     lora = None
-    if start.adapter is None:
+    if start.source.adapter is None:
         lora = make_lora_config(job.model_args)
 
-    if sharing.is_used:
-        sharing = share_where_proven(models, job, start, preferences)
-        say(*wrap("weights", f"loaded; prefixes {sharing.line}"))
     collator_class = DataCollatorForPreference
     if sharing.is_used:
-        collator_class = SharedPrefixCollator
+        proven = share_where_proven(models, job, start, preferences)
+        say(*wrap("weights", f"loaded; prefixes {proven.line}"))
+        if proven.is_used:
+            collator_class = SharedPrefixCollator
 
-    trainer = PreferenceTrainer(
-        model=policy,
-        # None: the policy itself, with its adapter switched off or as it was at the start
-        ref_model=reference,
-        # a DPOConfig: beta, loss_type, bf16, gradient_checkpointing, ...
-        args=prepare_for_trainer(job, preferences),
-        train_dataset=preferences.train,
-        eval_dataset=preferences.held_out,
-        processing_class=start.tokenizer,
-        peft_config=lora,
-        data_collator=collator_class(start.tokenizer.pad_token_id, job.training_args.max_length),
-        compute_metrics=functools.partial(average_pairs, beta=job.training_args.beta),
-    )
-    # TRL makes QLoRA's adapter bf16, which rounds most steps of a learning rate of 5e-6 away
-    if not is_sharded():
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+    try:
+        trainer = PreferenceTrainer(
+            model=policy,
+            # None: the policy itself, with its adapter switched off or as it was at the start
+            ref_model=reference,
+            # a DPOConfig: beta, loss_type, bf16, gradient_checkpointing, ...
+            args=prepare_for_trainer(job, preferences),
+            train_dataset=preferences.train,
+            eval_dataset=preferences.held_out,
+            processing_class=start.tokenizer,
+            peft_config=lora,
+            data_collator=collator_class(
+                start.tokenizer.pad_token_id, job.training_args.max_length
+            ),
+            compute_metrics=functools.partial(average_pairs, beta=job.training_args.beta),
+        )
+    except (ValueError, NotImplementedError) as error:  # what TRL finds wrong with the settings
+        raise UserError(f"TRL refuses these settings: {first_line(error)}") from error
+    if not is_deepspeed():
+        undo_rounding(trainer.model, start.source)
     if job.training_args.torch_compile:
         compile_layers(trainer.model, job.training_args)
     return trainer
 
 
+def undo_rounding(policy: peft.PeftModel, source: Source) -> None:
+    """Train in float32: TRL makes QLoRA's adapter bf16, which rounds most steps of a learning rate
+    of 5e-6 away, and an adapter that is the start would differ from its frozen copy.
+    """
+    for weight in policy.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    if source.adapter is not None:
+        policy.load_adapter(source.name, "default", is_trainable=True, revision=source.revision)
+
+
 def compile_layers(model: torch.nn.Module, args: DPOConfig) -> None:
     """Compile each decoder layer, once for rows of any length."""
-    backend = args.torch_compile_backend or "inductor"
     for module in model.modules():
         if isinstance(module, transformers.modeling_layers.GradientCheckpointingLayer):
-            module.compile(backend=backend, mode=args.torch_compile_mode, dynamic=True)
+            module.compile(
+                backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True
+            )
 
 
 def spare_cpu(args: DPOConfig) -> None:
-    """On a CPU, score the tokens of the answers alone, as TRL does on a GPU: the same results."""
+    """On a CPU, have TRL score the tokens of the answers alone, as it does on a GPU: the same
+    results. TRL is changed for the whole process.
+    """
     if not args.use_cpu:
         return
     # Private: TRL's head leaves out what has no label where Triton runs; elsewhere it scores prompt
@@ -2309,22 +2544,18 @@ def prepare_for_trainer(job: Job, preferences: Preferences) -> DPOConfig:
     ours.torch_compile_backend = None
     ours.torch_compile_mode = None
     ours.push_to_hub = False  # at the end, once, instead of at each checkpoint
-    ours.hub_token = None  # checkpoints hold a copy of the arguments
     ours.restore_callback_states_from_checkpoint = True  # early stopping counts on
     if preferences.held_out is None:
         ours.eval_strategy = IntervalStrategy.NO
     # An interruption ends an epoch early, and would count as its end: count steps instead.
     steps_per_epoch = math.ceil(len(preferences.train) / job.settings.global_batch_size)
     if ours.eval_strategy == "epoch":
-        ours.eval_strategy = IntervalStrategy.STEPS
-        ours.eval_steps = steps_per_epoch
         ours.eval_delay *= steps_per_epoch
-    if ours.logging_strategy == "epoch":
-        ours.logging_strategy = IntervalStrategy.STEPS
-        ours.logging_steps = steps_per_epoch
-    if ours.save_strategy == "epoch":
-        ours.save_strategy = SaveStrategy.STEPS
-        ours.save_steps = steps_per_epoch
+    for kind in ("eval", "logging", "save"):
+        strategy = getattr(ours, f"{kind}_strategy")
+        if strategy == "epoch":
+            setattr(ours, f"{kind}_strategy", type(strategy)("steps"))
+            setattr(ours, f"{kind}_steps", steps_per_epoch)
     return ours
 
 
@@ -2375,24 +2606,32 @@ def deal_pairs(pairs: np.ndarray, tokens: np.ndarray, passes: int) -> list[list[
     """Give the longest pair left to the pass with the fewest tokens that still has room."""
     room = len(pairs) // passes
     dealt = [[] for _ in range(passes)]
-    load = [0] * passes
+    open_passes = [(0, number) for number in range(passes)]  # a heap of (tokens, pass)
     for pair in sorted(pairs.tolist(), key=tokens.__getitem__, reverse=True):
-        open_passes = [number for number in range(passes) if len(dealt[number]) < room]
-        lightest = min(open_passes, key=load.__getitem__)
+        load, lightest = heapq.heappop(open_passes)
         dealt[lightest].append(pair)
-        load[lightest] += tokens[pair]
+        if len(dealt[lightest]) < room:
+            heapq.heappush(open_passes, (load + tokens[pair], lightest))
     return dealt
 
 
-PAIR_SCORES = (
-    "loss",
-    "chosen_logps",
-    "rejected_logps",
-    "ref_chosen_logps",
-    "ref_rejected_logps",
-    "chosen_tokens",
-    "rejected_tokens",
-)  # columns of what an evaluation returns
+def make_sampler(pairs: Dataset, args: DPOConfig) -> BalancedSampler:
+    """The order of the pairs to train on, and their passes."""
+    return BalancedSampler(
+        np.array(pairs["packed_tokens"]),
+        args.per_device_train_batch_size,
+        args.gradient_accumulation_steps * args.world_size,
+        args.seed if args.data_seed is None else args.data_seed,
+    )
+
+
+def as_has_run(output: transformers.utils.ModelOutput) -> Callable:
+    """A model that has run already, for TRL's functions, which run the one that they are given."""
+
+    def policy(**_: Any) -> transformers.utils.ModelOutput:
+        return output
+
+    return policy
 
 
 class PreferenceTrainer(DPOTrainer):
@@ -2415,15 +2654,10 @@ class PreferenceTrainer(DPOTrainer):
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """Passes as BalancedSampler deals them."""
         args = self.args
-        seed = args.seed if args.data_seed is None else args.data_seed
-        self.sampler = BalancedSampler(
-            np.array(self.train_dataset["packed_tokens"]),
-            args.per_device_train_batch_size,
-            args.gradient_accumulation_steps * args.world_size,
-            seed,
-        )
+        self.sampler = make_sampler(self.train_dataset, args)
         pairs = self._remove_unused_columns(self.train_dataset)
-        # accelerate cuts the sums over an epoch's last pass to this length: the filled-up one
+        # accelerate takes what is beyond this length for repeated pairs, and would cut them from
+        # what it gathers in an epoch's last pass; here they are part of the step
         pairs.total_dataset_length = len(self.sampler) * self.sampler.batch_size
         loader = torch.utils.data.DataLoader(
             pairs,
@@ -2433,8 +2667,16 @@ class PreferenceTrainer(DPOTrainer):
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=leave_signals_to_parent,
         )
         return self.accelerator.prepare(loader)
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> torch.utils.data.DataLoader:
+        """Trainer's own; its workers leave signals to their parent."""
+        loader = super().get_eval_dataloader(*args, **kwargs)
+        # accelerate's wrapper starts the workers of the loader that it holds
+        loader.base_dataloader.worker_init_fn = leave_signals_to_parent
+        return loader
 
     def compute_ref_log_probs(
         self, model: torch.nn.Module, inputs: dict
@@ -2486,8 +2728,8 @@ class PreferenceTrainer(DPOTrainer):
         inputs: dict,
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Score each held-out pair alone: (B, 7) in place of logits, the columns of PAIR_SCORES.
+    ) -> tuple[None, dict[str, torch.Tensor], torch.Tensor]:
+        """Score each held-out pair alone: {score: (B,)} in place of logits, for average_pairs.
 
         Trainer gathers them from all processes without the pairs that only fill up the last batch,
         so that the means are exact; TRL's own are means of means of batches, and count those pairs.
@@ -2499,9 +2741,29 @@ class PreferenceTrainer(DPOTrainer):
         with self.compute_loss_context_manager():
             output = model(**for_the_model, labels=labels, use_cache=False, fused_lm_head=True)
 
+        # it sums over an answer's tokens, by ld_alpha, for any model, not the reference alone
+        chosen_logps, rejected_logps = super().compute_ref_log_probs(as_has_run(output), inputs)
+        chosen_tokens, rejected_tokens = inputs["completion_mask"].sum(dim=1).chunk(2)
+        scores = {
+            "loss": self.compute_loss_of_each(output, inputs),
+            "chosen_logps": chosen_logps,
+            "rejected_logps": rejected_logps,
+            "ref_chosen_logps": inputs["ref_chosen_logps"],
+            "ref_rejected_logps": inputs["ref_rejected_logps"],
+            "chosen_tokens": chosen_tokens,
+            "rejected_tokens": rejected_tokens,
+        }
+        return None, scores, scores["loss"]
+
+    def compute_loss_of_each(
+        self, output: transformers.utils.ModelOutput, inputs: dict
+    ) -> torch.Tensor:
+        """The loss of each pair alone, (B,), where the policy has run on all of them."""
         per_row = {name: value for name, value in output.items() if value.ndim == 2}
         pairs = len(inputs["ref_chosen_logps"])
-        scores = []
+        had_router_loss = self.aux_loss_enabled
+        self.aux_loss_enabled = False  # it is a batch's, no pair's
+        losses = []
         for pair in range(pairs):
             rows = [pair, pairs + pair]  # chosen and rejected
             output_of_pair = type(output)(**{name: value[rows] for name, value in per_row.items()})
@@ -2512,37 +2774,12 @@ class PreferenceTrainer(DPOTrainer):
                 "ref_chosen_logps": inputs["ref_chosen_logps"][pair : pair + 1],
                 "ref_rejected_logps": inputs["ref_rejected_logps"][pair : pair + 1],
             }
-            scores.append(self.score_pair(output_of_pair, inputs_of_pair))
+            losses.append(super().compute_loss(as_has_run(output_of_pair), inputs_of_pair))
+        self.aux_loss_enabled = had_router_loss
         # Private: TRL would log its means over batches under the names of ours. A test compares the
         # log with float64.
         self._metrics["eval"].clear()
-        scores = torch.stack(scores)
-        return None, scores, scores[:, :1]
-
-    def score_pair(self, output: transformers.utils.ModelOutput, inputs: dict) -> torch.Tensor:
-        """The columns of PAIR_SCORES, (7,), of one pair on which the policy has run."""
-
-        # TRL's functions run the model that they are given: here one that has run already
-        def policy(**_: Any) -> transformers.utils.ModelOutput:
-            return output
-
-        # it sums over an answer's tokens, by ld_alpha, for any model, not the reference alone
-        chosen_logps, rejected_logps = super().compute_ref_log_probs(policy, inputs)
-        had_router_loss = self.aux_loss_enabled
-        self.aux_loss_enabled = False  # it is a batch's, no pair's
-        loss = super().compute_loss(policy, inputs)
-        self.aux_loss_enabled = had_router_loss
-        chosen_tokens, rejected_tokens = inputs["completion_mask"].sum(dim=1)
-        columns = {
-            "loss": loss,
-            "chosen_logps": chosen_logps,
-            "rejected_logps": rejected_logps,
-            "ref_chosen_logps": inputs["ref_chosen_logps"],
-            "ref_rejected_logps": inputs["ref_rejected_logps"],
-            "chosen_tokens": chosen_tokens,
-            "rejected_tokens": rejected_tokens,
-        }
-        return torch.stack([columns[name].float().squeeze() for name in PAIR_SCORES])
+        return torch.stack(losses)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter alone: where FSDP shards it, transformers would gather all, or nothing."""
@@ -2560,10 +2797,10 @@ class PreferenceTrainer(DPOTrainer):
 
 
 def average_pairs(scored: transformers.EvalPrediction, beta: float) -> dict[str, float]:
-    """Means over the held-out pairs, each counted once; `scored.predictions` is (N, 7), the
-    columns of PAIR_SCORES.
+    """Means over the held-out pairs, each counted once; `scored.predictions` is {score: (N,)}, as
+    PreferenceTrainer.prediction_step names them.
     """
-    pair = dict(zip(PAIR_SCORES, scored.predictions.astype(float).T, strict=True))
+    pair = {name: values.astype(float) for name, values in scored.predictions.items()}
     chosen_ratio = pair["chosen_logps"] - pair["ref_chosen_logps"]  # nats
     rejected_ratio = pair["rejected_logps"] - pair["ref_rejected_logps"]
     accuracies = chosen_ratio > rejected_ratio
@@ -2585,7 +2822,7 @@ def average_pairs(scored: transformers.EvalPrediction, beta: float) -> dict[str,
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """Bounds of the 95% interval of a share that was seen `count` times (Wilson, 1927)."""
+    """Bounds of the 95% interval of a share of `count` trials (Wilson, 1927)."""
     z = 1.96
     centre = share + z**2 / (2 * count)
     spread = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
@@ -2605,6 +2842,7 @@ HEAD_TILE = (4096, 32_768)  # tokens and words whose logits TRL's head holds at 
 CUDA_CONTEXT = GIB  # what CUDA and its libraries take
 IDLE_SHARE = 0.1  # of the activations: lies idle between tensors
 FEW_STEPS = 20  # with fewer the adapter hardly moves
+SMALLEST_BATCH = 4  # pairs per process and step: a gradient of fewer is mostly noise
 REFERENCES = {
     "base": "the policy with its adapter switched off",
     "adapter": "a frozen copy of the adapter that training starts from",
@@ -2613,7 +2851,10 @@ REFERENCES = {
 
 
 class Pass(NamedTuple):
-    """What a forward pass computes: rows of so many tokens, some of which are scored."""
+    """What a forward pass computes: rows of so many tokens, some of which are scored.
+
+    Packed rows count as one a pair, of their mean length.
+    """
 
     rows: int
     length: int
@@ -2646,38 +2887,25 @@ def print_plan(job: Job, start: Start, preferences: Preferences, sharing: "Shari
         say(*describe_pair(start.tokenizer, preferences.train[0], args.max_length))
 
 
-def wrap(label: str, text: str) -> list[str]:
-    """A labelled line, wrapped to the screen; the label "!" marks what the user should know."""
-    begin = "! " if label == "!" else f"{label:<11}"
-    return textwrap.wrap(
-        begin + text,
-        width=79,
-        subsequent_indent=" " * len(begin),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-
-
 def build_without_weights(job: Job, start: Start) -> peft.PeftModel:
     """The policy at full size, with its adapter, on the meta device: shapes, and no memory."""
     try:
         # set_zero3_state: DeepSpeed would deal out weights that are not there
         with torch.device("meta"), transformers.modeling_utils.set_zero3_state():
+            # without attn_implementation, whose package may be missing here or want a GPU
             model = AutoModelForCausalLM.from_config(
-                start.config,
-                dtype=job.model_args.dtype,
-                attn_implementation=job.model_args.attn_implementation,
+                start.config, dtype=job.model_args.dtype, trust_remote_code=False
             )
             return peft.get_peft_model(model, choose_lora(job, start))
     except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"{start.base_name} cannot be built: {first_line(error)}") from error
+        raise UserError(f"{start.source.base_name} cannot be built: {first_line(error)}") from error
 
 
 def choose_lora(job: Job, start: Start) -> peft.PeftConfig:
     """What the trained adapter is made from: the settings, or the adapter that is the start."""
-    if start.adapter is None:
+    if start.source.adapter is None:
         return make_lora_config(job.model_args)
-    lora = copy.deepcopy(start.adapter)
+    lora = copy.deepcopy(start.source.adapter)
     lora.inference_mode = False
     return lora
 
@@ -2688,23 +2916,21 @@ def describe_policy(job: Job, start: Start, policy: peft.PeftModel) -> list[str]
     trained, total = policy.get_nb_trainable_parameters()
     frozen = total - trained
     reached, missed_experts = find_reach(policy)
-    base = f"{start.base_name}, {frozen:,} weights in {job.model_args.dtype}"
+    base = f"{start.source.base_name}, {frozen:,} weights in {job.model_args.dtype}"
     bits = count_bits(job, start.config)
     if bits is not None:
         base += f", {bits} bits in its layers"
     lora = policy.peft_config["default"]
-    adapter = f"{trained:,} trained weights ({trained / frozen:.2%})"
+    told = f"{trained:,} trained weights ({trained / frozen:.2%})"
     if isinstance(lora, LoraConfig):
-        adapter = f"rank {lora.r}, alpha {lora.lora_alpha}: {adapter}"
+        told = f"rank {lora.r}, alpha {lora.lora_alpha}: {told}"
     lines = wrap("policy", base)
-    lines += wrap("adapter", f"{adapter}, beside {reached / frozen:.0%} of the policy's")
+    lines += wrap("adapter", f"{told}; {reached / frozen:.0%} of the weights have one")
     if missed_experts:
-        names = ", ".join(missed_experts)
-        lines += wrap(
-            "!",
-            f"no expert has an adapter, only {reached / frozen:.1%} of the weights have: add "
-            f"`lora_target_parameters: [{names}]`",
-        )
+        told = f"no expert has an adapter, only {reached / frozen:.1%} of the weights have"
+        if start.source.adapter is None:
+            told += f": add `lora_target_parameters: [{', '.join(missed_experts)}]`"
+        lines += wrap("!", told)
     objective = " + ".join(args.loss_type)
     if args.loss_weights is not None:
         objective += f", weighted {args.loss_weights}"
@@ -2750,14 +2976,27 @@ def count_steps(job: Job, pairs: int) -> int:
     return math.ceil(args.num_train_epochs * math.ceil(pairs / job.settings.global_batch_size))
 
 
+def count_warmup_steps(args: DPOConfig, steps: int) -> int:
+    """Steps of warm-up; some schedules have none, whatever warmup_steps says."""
+    if args.lr_scheduler_type in ("constant", "reduce_lr_on_plateau", "greedy"):
+        return 0
+    return args.get_warmup_steps(steps)
+
+
 def describe_steps(job: Job, pairs: int, steps: int) -> list[str]:
     """Batch and steps, with warnings where they are too few to learn from."""
     args = job.training_args
     batch = job.settings.global_batch_size
-    warmup = args.get_warmup_steps(steps)
-    why = f"{args.num_train_epochs:g} (epochs) x {pairs:,} (pairs) / {batch}, rounded up"
+    warmup = count_warmup_steps(args, steps)
+    steps_per_epoch = math.ceil(pairs / batch)
+    formula = (
+        f"{args.num_train_epochs:g} (epochs) x {steps_per_epoch:,} (steps: {pairs:,} pairs / "
+        f"{batch}, rounded up)"
+    )
+    if args.num_train_epochs * steps_per_epoch != steps:
+        formula += ", rounded up"
     if args.max_steps > 0:
-        why = "max_steps"
+        formula = "max_steps"
     lines = wrap(
         "batch",
         f"{batch} pairs = {args.per_device_train_batch_size} (per device) x "
@@ -2765,7 +3004,7 @@ def describe_steps(job: Job, pairs: int, steps: int) -> list[str]:
     )
     lines += wrap(
         "steps",
-        f"{steps:,} = {why}; learning rate {args.learning_rate:g}, "
+        f"{steps:,} = {formula}; learning rate {args.learning_rate:g}, "
         f"{args.lr_scheduler_type.value}, warm-up {warmup}",
     )
     if batch > pairs:
@@ -2776,21 +3015,26 @@ def describe_steps(job: Job, pairs: int, steps: int) -> list[str]:
     if steps < FEW_STEPS:
         advice = f"raise max_steps to {FEW_STEPS} or more"
         if args.max_steps <= 0:
-            advice = suggest_steps(args, pairs)
+            advice = suggest_steps(job, pairs)
         lines += wrap("!", f"{steps} steps hardly move the policy; {advice}")
     return lines
 
 
-def suggest_steps(args: DPOConfig, pairs: int) -> str:
+def suggest_steps(job: Job, pairs: int) -> str:
     """Settings that make steps enough: smaller ones, and epochs where that is not enough."""
-    size = max(4, int(args.num_train_epochs * pairs / FEW_STEPS / args.world_size))
+    args = job.training_args
+    size = int(args.num_train_epochs * pairs / FEW_STEPS / args.world_size)
+    size = max(SMALLEST_BATCH, size)
     batch = size * args.world_size
     epochs = max(args.num_train_epochs, math.ceil(FEW_STEPS * batch / pairs))
     per_device = math.gcd(size, args.per_device_train_batch_size)
-    return (
+    advice = (
         f"`global_batch_size: {batch}`, `per_device_train_batch_size: {per_device}` and "
         f"`num_train_epochs: {epochs:g}` make {FEW_STEPS} or more"
     )
+    if "gradient_accumulation_steps" in job.origins:
+        advice += "; leave gradient_accumulation_steps out"
+    return advice
 
 
 def plan_passes(args: DPOConfig, preferences: Preferences, sharing: "Sharing") -> list[Pass]:
@@ -2801,11 +3045,8 @@ def plan_passes(args: DPOConfig, preferences: Preferences, sharing: "Sharing") -
     chosen = np.minimum(prompts + pairs["chosen_tokens"][:], limit)
     rejected = np.minimum(prompts + pairs["rejected_tokens"][:], limit)
     packed = pairs["packed_tokens"][:]
-    passes_per_step = args.gradient_accumulation_steps * args.world_size
-    seed = args.seed if args.data_seed is None else args.data_seed
-    sampler = BalancedSampler(packed, args.per_device_train_batch_size, passes_per_step, seed)
     passes = []
-    for dealt in sampler:
+    for dealt in make_sampler(preferences.train, args):
         scored = int((chosen + rejected - 2 * prompts)[dealt].sum())
         if sharing.is_used:
             passes.append(Pass(len(dealt), math.ceil(packed[dealt].mean()), scored))
@@ -2818,7 +3059,7 @@ def plan_passes(args: DPOConfig, preferences: Preferences, sharing: "Sharing") -
 def describe_cost(
     job: Job, start: Start, policy: peft.PeftModel, passes: list[Pass], steps: int
 ) -> list[str]:
-    """Operations of the whole run, and memory in its largest pass."""
+    """Operations of training, evaluations left out, and memory in its largest pass."""
     args = job.training_args
     tokens = [each.rows * each.length for each in passes]
     largest = passes[np.argmax(tokens)]
@@ -2839,10 +3080,11 @@ def describe_cost(
     per_pair = (per_token * sum(tokens) + per_scored_token * scored) / pairs
     trained_pairs = steps * job.settings.global_batch_size
     text = (
-        f"{trained_pairs * per_pair:.2g} operations = {trained_pairs:,} (pairs) x {per_pair:.3g} "
-        f"({', '.join(runs)})"
+        f"{trained_pairs * per_pair:.2g} operations of training = {trained_pairs:,} (pairs) x "
+        f"{per_pair:.3g} ({', '.join(runs)})"
     )
-    if is_for_gpu(job):
+    is_half = args.bf16 or args.fp16 or job.model_args.dtype != "float32"
+    if is_for_gpu(job) and is_half:
         hours = []
         for name, rate in PEAK_RATES.items():
             seconds = trained_pairs * per_pair / (UTILISATION * rate * args.world_size)
@@ -2850,7 +3092,7 @@ def describe_cost(
         text += f"; an estimate, at {UTILISATION:.0%} of the peak: {', '.join(hours)}"
     with_checkpointing = estimate_memory(job, start, policy, largest, kept, recomputes=True)
     without = estimate_memory(job, start, policy, largest, kept, recomputes=False)
-    memory = describe_memory(job, with_checkpointing, without, max(tokens))
+    memory = describe_memory(job, start, with_checkpointing, without, max(tokens))
     return [*wrap("compute", text), *memory]
 
 
@@ -2868,23 +3110,29 @@ def estimate_memory(
     args = job.training_args
     text_config = start.config.get_text_config()
     shards = args.world_size if is_sharded() else 1
-    adapter = FLOAT32_BYTES * policy.get_nb_trainable_parameters()[0] / shards
+    trained = FLOAT32_BYTES * policy.get_nb_trainable_parameters()[0] / shards
     weights = 0
     bits = count_bits(job, start.config)
+    quantises = job.model_args.load_in_4bit or job.model_args.load_in_8bit
+    layer_shards = shards
+    # accelerate does not shard 4-bit weights that are stored as bytes
+    if quantises and job.model_args.bnb_4bit_quant_storage in (None, "uint8"):
+        layer_shards = 1
     for weight in policy.parameters():
-        # quantisation leaves vectors, embeddings and head as they are
-        is_table = weight.ndim == 1 or text_config.vocab_size in weight.shape
         if weight.requires_grad:
             continue
-        if bits is None or is_table:
+        # quantisation leaves vectors, embeddings and head as they are
+        is_whole = bits is None or weight.ndim == 1 or text_config.vocab_size in weight.shape
+        # bitsandbytes takes linear layers alone, no stacks of experts
+        if is_whole or (quantises and weight.ndim > 2):
             weights += weight.nbytes / shards
         else:
-            weights += weight.numel() * (bits + SCALE_BITS) / 8 / shards
-    parts = {"weights": weights, "adapter": adapter, "gradients": adapter}
-    parts["optimizer"] = 2 * adapter  # Adam's two moments, in float32
+            weights += weight.numel() * (bits + SCALE_BITS) / 8 / layer_shards
+    parts = {"weights": weights, "adapter": trained, "gradients": trained}
+    parts["optimizer"] = 2 * trained  # Adam's two moments, in float32
     if "8bit" in args.optim:
-        parts["optimizer"] = 2 * adapter / FLOAT32_BYTES  # in a byte each
-    parts["reference"] = {"base": 0, "adapter": adapter, "copy": weights}[start.reference]
+        parts["optimizer"] = 2 * trained / FLOAT32_BYTES  # in a byte each
+    parts["reference"] = {"base": 0, "adapter": trained, "copy": weights}[start.reference]
 
     state = text_config.hidden_size * policy.get_base_model().dtype.itemsize
     parts["activations"] = kept
@@ -2902,7 +3150,11 @@ def estimate_memory(
 
 
 def describe_memory(
-    job: Job, with_checkpointing: dict[str, float], without: dict[str, float], tokens: int
+    job: Job,
+    start: Start,
+    with_checkpointing: dict[str, float],
+    without: dict[str, float],
+    tokens: int,
 ) -> list[str]:
     """The sum with its parts, as gradient_checkpointing is set, what it were otherwise, and which
     card has room for it.
@@ -2924,18 +3176,30 @@ def describe_memory(
     for room in cards:
         if room > total:
             return wrap("memory", f"{text}; fits in {room:.0f}, with {room - total:.0f} to spare")
-    advice = (
-        "halve per_device_train_batch_size, turn gradient_checkpointing or load_in_4bit on, or "
-        "share the model out over GPUs (configs/accelerate/fsdp2.yaml)"
-    )
+    advice = suggest_savings(job, start)
     return [*wrap("memory", text), *wrap("!", f"{cards[-1]:.0f} GiB are not enough: {advice}")]
+
+
+def suggest_savings(job: Job, start: Start) -> str:
+    """What needs less memory and is not done yet."""
+    ways = ["lower max_length"]
+    if job.training_args.per_device_train_batch_size > 1:
+        ways.append("halve per_device_train_batch_size")
+    if not job.training_args.gradient_checkpointing:
+        ways.append("turn gradient_checkpointing on")
+    if count_bits(job, start.config) is None:
+        ways.append("turn load_in_4bit on")
+    if not is_sharded():
+        ways.append("share the model out over GPUs (configs/accelerate/fsdp2.yaml)")
+    return ", or ".join(ways)
 
 
 def measure_pass(policy: peft.PeftModel, size: Pass, args: DPOConfig) -> tuple[int, int]:
     """Operations of the layers in a forward pass, and bytes that they keep for the backward pass
     without checkpointing.
 
-    On fake tensors, which have shapes alone: a model of any size takes seconds and no memory.
+    On fake tensors, which have shapes alone: a model of any size takes seconds and no memory. The
+    policy's own weights are fake ones from then on.
     """
     kept = {}
 
@@ -2981,7 +3245,7 @@ def count_experts(rows: torch.Size, weights: torch.Size, *_: Any, **__: Any) -> 
 
 
 MINIATURE_SIZES = {  # a miniature's size at most: the names that configurations give to it
-    96: "intermediate_size moe_intermediate_size ffn_dim n_inner ffn_hidden_size decoder_ffn_dim "
+    128: "intermediate_size moe_intermediate_size ffn_dim n_inner ffn_hidden_size decoder_ffn_dim "
     "encoder_ffn_dim shared_expert_intermediate_size shared_experts_intermediate_size "
     "shared_intermediate_size intermediate_size_mlp expert_ffn_hidden_size",
     64: "hidden_size d_model n_embd embedding_size word_embed_proj_dim attention_hidden_size",
@@ -3015,7 +3279,9 @@ def make_miniature(config: transformers.PretrainedConfig) -> transformers.PreTra
         with torch.random.fork_rng(devices=[]), transformers.modeling_utils.set_zero3_state():
             torch.manual_seed(0)
             small = type(config).from_dict(values)
-            model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(
+                small, dtype=torch.float32, trust_remote_code=False
+            )
             for weight in model.parameters():
                 if weight.ndim > 1:
                     torch.nn.init.normal_(weight, std=0.2)
@@ -3118,8 +3384,8 @@ def check_architecture(job: Job, start: Start, preferences: Preferences) -> None
     """Raise UserError where TRL cannot train the architecture, as its miniature shows. Where there
     is none, nothing is claimed.
     """
-    # TRL would gather the head from all processes, but a miniature's is parted out to none
-    if is_switched_on("ACCELERATE_USE_DEEPSPEED"):
+    # TRL gathers the head through DeepSpeed, which knows nothing of a miniature
+    if is_deepspeed():
         return
     try:
         miniature = make_stand_in(start)
@@ -3128,7 +3394,7 @@ def check_architecture(job: Job, start: Start, preferences: Preferences) -> None
     kind = start.config.model_type
     pair = preferences.train[0]
     row = torch.tensor([(pair["prompt_ids"] + pair["chosen_ids"])[:TRIED_TOKENS]])
-    told = f"{start.base_name}: TRL cannot train the type {kind}; take another model"
+    told = f"{start.source.base_name}: TRL cannot train the type {kind}; take another model"
     with refuse_failures(told):
         add_fused_lm_head(miniature)
         compare_with_trl(miniature, row)
@@ -3137,9 +3403,7 @@ def check_architecture(job: Job, start: Start, preferences: Preferences) -> None
         told = f"router_aux_loss_coef={weight}: TRL has no router loss for the type {kind}"
         with refuse_failures(f"{told}; set it to 0"):
             run_with_trl(miniature, row, output_router_logits=True).aux_loss.item()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        check_adapter(job, start, miniature, row)
+    check_adapter(job, start, miniature, row)
 
 
 def check_adapter(
@@ -3150,9 +3414,7 @@ def check_adapter(
         policy = peft.get_peft_model(miniature, choose_lora(job, start)).eval()
     except Exception:  # LoRA has no place in so few layers: the plan tries all of them
         return
-    for weight in policy.parameters():
-        if weight.requires_grad:
-            torch.nn.init.normal_(weight, std=0.1)
+    move_weights(policy)
     where = f"lora_target_modules={job.model_args.lora_target_modules}"
     kind = start.config.model_type
     with refuse_failures(f"{where}: TRL cannot train the type {kind} there; name other modules"):
@@ -3164,6 +3426,16 @@ def check_adapter(
             f"{where}: PEFT would not load the type {kind}'s adapter again; name other modules\n"
             f"  {len(lost)} weights are lost, such as {lost[0]}"
         )
+
+
+@torch.no_grad()
+def move_weights(policy: torch.nn.Module) -> None:
+    """Move the trained weights far enough that a loss of them shows; alike in each process."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for weight in policy.parameters():
+            if weight.requires_grad:
+                weight += 0.1 * torch.randn(weight.shape).to(weight)
 
 
 @contextlib.contextmanager
@@ -3223,7 +3495,7 @@ def rehearse(job: Job, start: Start, preferences: Preferences) -> None:
         if obstacle is None:
             small_job = shrink_job(job, start, folder)
             try:
-                run_miniature(small_job, shorten_preferences(preferences))
+                done = run_miniature(small_job, shorten_preferences(preferences))
             except Exception as error:
                 status = getattr(error, "status", 2)
                 if status > 128:
@@ -3237,29 +3509,13 @@ def rehearse(job: Job, start: Start, preferences: Preferences) -> None:
             say(line)
     told = (
         f"in {time.monotonic() - began_at:.0f} s: a miniature with {REHEARSED_PAIRS} pairs cut to "
-        f"{REHEARSED_TOKENS} tokens a part, {', '.join(list_rehearsed(job, preferences))}"
+        f"{REHEARSED_TOKENS} tokens a part, {', '.join(done)}"
     )
     if job.missing_gpu:
-        told += "; without a GPU not its kernels, fp16, quantisation, offloading, torch_compile"
+        told += "; without a GPU not its kernels, fp16, quantisation, offloading"
+    if job.training_args.torch_compile:
+        told += "; without torch_compile"
     say(*wrap("rehearsed", told))
-
-
-def list_rehearsed(job: Job, preferences: Preferences) -> list[str]:
-    """What of a run there is to rehearse under its settings."""
-    args = job.training_args
-    done = ["two steps"]
-    if args.eval_strategy != "no" and preferences.held_out is not None:
-        done.append("evaluation")
-    if args.save_strategy != "no":
-        done += ["checkpoint", "resume"]
-    if job.settings.sample_prompts and preferences.held_out is not None and not is_sharded():
-        done.append("samples")
-    done.append("saving")
-    if not is_sharded():
-        done.append("loading")
-    if job.settings.merge:
-        done.append("merging")
-    return done
 
 
 @contextlib.contextmanager
@@ -3292,7 +3548,7 @@ def save_miniature(job: Job, start: Start, folder: Path) -> str | None:
         if is_disk_full(error):
             raise
         return first_line(error)
-    if start.adapter is not None and is_main_process():
+    if start.source.adapter is not None and is_main_process():
         policy.save_pretrained(folder / "start")
         start.tokenizer.save_pretrained(folder / "start")
     job.training_args.distributed_state.wait_for_everyone()
@@ -3301,8 +3557,11 @@ def save_miniature(job: Job, start: Start, folder: Path) -> str | None:
 
 def shrink_job(job: Job, start: Start, folder: Path) -> Job:
     """The settings for the miniature: two steps of two passes, a checkpoint at each."""
+    base = str(folder / "base")
     model_args = copy.copy(job.model_args)
-    model_args.model_name_or_path = str(folder / ("base" if start.adapter is None else "start"))
+    model_args.model_name_or_path = base
+    if start.source.adapter is not None:
+        model_args.model_name_or_path = str(folder / "start")
     model_args.model_revision = None
     args = copy.copy(job.training_args)
     args.output_dir = str(folder / "run")
@@ -3329,11 +3588,13 @@ def shrink_job(job: Job, start: Start, folder: Path) -> Job:
         args.activation_offloading = False
         if re.search(GPU_OPTIMIZERS, args.optim):
             args.optim = transformers.training_args.OptimizerNames.ADAMW_TORCH
-    second = job.settings.ref_model_name_or_path and str(folder / "base")
+    second_model = None
+    if job.settings.ref_model_name_or_path is not None:
+        second_model = base
     settings = dataclasses.replace(
         job.settings,
         global_batch_size=2 * args.per_device_train_batch_size * args.world_size,
-        ref_model_name_or_path=second,
+        ref_model_name_or_path=second_model,
         sample_prompts=min(2, job.settings.sample_prompts),
         dry_run=False,
         overwrite=False,
@@ -3343,25 +3604,27 @@ def shrink_job(job: Job, start: Start, folder: Path) -> Job:
 
 def shorten_preferences(preferences: Preferences) -> Preferences:
     """The first pairs: the end of each prompt, and the beginnings of its answers."""
-    short = {"train": preferences.train.take(REHEARSED_PAIRS), "held_out": None}
+    train = preferences.train.take(REHEARSED_PAIRS).map(shorten_pair, keep_in_memory=True)
+    held_out = None
     if preferences.held_out is not None:
-        short["held_out"] = preferences.held_out.take(2)
-    for name, pairs in short.items():
-        rows = []
-        for pair in pairs or []:
-            pair["prompt_ids"] = pair["prompt_ids"][-REHEARSED_TOKENS:]
-            pair["chosen_ids"] = pair["chosen_ids"][:REHEARSED_TOKENS]
-            pair["rejected_ids"] = pair["rejected_ids"][:REHEARSED_TOKENS]
-            for part in ("prompt", "chosen", "rejected"):
-                pair[f"{part}_tokens"] = len(pair[f"{part}_ids"])
-            rows.append(pair)
-        if rows:
-            short[name] = Dataset.from_list(rows)
-    return Preferences(**short, report=[])
+        held_out = preferences.held_out.take(2).map(shorten_pair, keep_in_memory=True)
+    return Preferences(train, held_out, report=[])
 
 
-def run_miniature(job: Job, preferences: Preferences) -> None:
-    """What `main` does with weights, broken off after the first step and taken up again."""
+def shorten_pair(pair: dict) -> dict:
+    """The columns of a pair with few tokens."""
+    pair["prompt_ids"] = pair["prompt_ids"][-REHEARSED_TOKENS:]
+    pair["chosen_ids"] = pair["chosen_ids"][:REHEARSED_TOKENS]
+    pair["rejected_ids"] = pair["rejected_ids"][:REHEARSED_TOKENS]
+    for part in ("prompt", "chosen", "rejected"):
+        pair[f"{part}_tokens"] = len(pair[f"{part}_ids"])
+    return pair
+
+
+def run_miniature(job: Job, preferences: Preferences) -> list[str]:
+    """What `main` does with weights, broken off after the first step and taken up again; returns
+    what was done.
+    """
     folder = Path(job.training_args.output_dir)
     start = load_start(job)
     sharing = check_sharing(job, start, preferences)
@@ -3373,29 +3636,40 @@ def run_miniature(job: Job, preferences: Preferences) -> None:
     with open_output(job, preferences):
         trainer = build_trainer(job, start, preferences, sharing)
         report = train_policy(trainer, job, preferences)
+        if not is_sharded():
+            move_weights(trainer.model)  # two steps move them too little for a loss to show
         save_adapter(trainer)
-        show_samples(trainer, job, report)
+        show_samples(trainer, job)
         save_report(trainer, job, start, report)
+    done = ["two steps"]
+    if any("eval_loss" in row for row in trainer.state.log_history):
+        done.append("evaluation")
+    if report.steps_before > 0:
+        done += ["checkpoint", "resume"]
+    if (folder / "samples.md").exists():
+        done.append("samples")
+    done.append("saving")
     if not is_sharded():
         compare_saved(trainer, job, preferences)
+        done.append("loading")
     if job.settings.merge and is_main_process():
         merge_adapter(job, start, preferences)
+        done.append("merging")
+    return done
 
 
 @torch.no_grad()
 def compare_saved(trainer: PreferenceTrainer, job: Job, preferences: Preferences) -> None:
-    """Raise UserError where PEFT alone loads another policy than the one that was trained."""
-    dtype = job.model_args.dtype
-    saved = peft.AutoPeftModelForCausalLM.from_pretrained(
-        job.training_args.output_dir, dtype=dtype
-    ).to(trainer.args.device)
+    """Raise UserError where another policy is loaded than the one that was trained."""
+    source = find_source(job.training_args.output_dir, None)
+    saved = load_model(job, source, trainer.processing_class)
     pair = preferences.train.take(1)
     with trainer.accelerator.autocast():
         trained = score_tokens(trainer.model.eval(), pair)
         loaded = score_tokens(saved.eval(), pair)
     gap = (loaded - trained).abs().mean().item()
     is_rounded = trainer.args.bf16 or trainer.args.fp16
-    allowed = MERGE_TOLERANCE["bfloat16" if is_rounded else str(dtype)]
+    allowed = MERGE_TOLERANCE["bfloat16" if is_rounded else job.model_args.dtype]
     if not gap <= allowed:  # it may be nan
         raise UserError(f"the saved adapter's log-probs are {gap:.2g} nats a token off")
 
@@ -3422,7 +3696,7 @@ def find_suspects(message: str, job: Job) -> str:
     for place in ("model_name_or_path", "ref_model_name_or_path", "dataset_name", "output_dir"):
         values.pop(place, None)
     names = [name for name in job.origins if name in values]
-    given = [name for name in names if not job.origins[name].startswith("constant ")]
+    given = [name for name in names if not is_constant(name, job.origins)]
     meant = []
     for name in names:
         has_end = any(len(word) > 7 and name.endswith(word) for word in words)
@@ -3452,8 +3726,7 @@ HEADER = f"{'step':>6}" + "".join(
 class Report(TrainerCallback):
     """What a run shows: a row per log line, metrics.jsonl, rewards.png, advice.
 
-    `advice` is {kind: line}; it stands in the log, so that checkpoints keep it. `stopped` says why
-    the run was stopped, if it was: its adapter is of no use then.
+    `stopped` says why the run was stopped, if it was: its adapter is of no use then.
     """
 
     def __init__(self, trainer: PreferenceTrainer, job: Job) -> None:
@@ -3462,45 +3735,48 @@ class Report(TrainerCallback):
         self.answer_tokens = count_answer_tokens(
             trainer.train_dataset, job.training_args.max_length
         )
-        self.advice = read_advice(trainer.state.log_history)
         self.stopped: str | None = None
-        self.first_step = 0  # of this process: a resumed run has done some before
+        self.steps_before = 0  # that earlier commands have done of the run
         self.began_at = time.monotonic()  # seconds, as all times here
-        self.spoke_at = self.began_at
-        self.mark = (0, self.began_at)  # step and time from which the speed is measured
+        # where the speed of the next row is measured from
+        self.step_of_last_row = 0
+        self.time_of_last_row = self.began_at
         self.passes_evaluated = 0
+        self.time_of_last_sign = self.began_at
         self.has_told_end = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock and print the head of the table."""
-        self.advice = read_advice(state.log_history)
-        self.first_step = state.global_step
+        self.steps_before = state.global_step
         self.began_at = time.monotonic()
-        self.mark = (state.global_step, self.began_at)
+        self.step_of_last_row = state.global_step
+        self.time_of_last_row = self.began_at
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()  # loading and the proof of sharing had theirs
         say("", f"{HEADER}{'pairs/s':>8}{'elapsed':>9}{'left':>9}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say what memory the first step took, which the plan has estimated."""
-        is_first = state.global_step == self.first_step + 1
+        is_first = state.global_step == self.steps_before + 1
         if is_first and torch.cuda.is_initialized():
-            peak = torch.cuda.max_memory_allocated() / GIB
-            say(f"       {peak:.1f} GiB of GPU memory at the peak of the first step")
+            say(f"       {peak_memory()} at the peak of the first step")
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
     ) -> None:
         """Say how far a long evaluation is."""
         if self.passes_evaluated == 0:
-            self.spoke_at = time.monotonic()
+            self.time_of_last_sign = time.monotonic()
         self.passes_evaluated += 1
-        if time.monotonic() > self.spoke_at + SIGN_OF_LIFE:
-            self.spoke_at = time.monotonic()
+        if time.monotonic() > self.time_of_last_sign + SIGN_OF_LIFE:
+            self.time_of_last_sign = time.monotonic()
             say(f"       evaluation: {self.passes_evaluated} of {len(eval_dataloader)} passes")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the evaluation out of the speed."""
         self.passes_evaluated = 0
-        self.mark = (state.global_step, time.monotonic())
+        self.step_of_last_row = state.global_step
+        self.time_of_last_row = time.monotonic()
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any
@@ -3524,11 +3800,13 @@ class Report(TrainerCallback):
     def format_times(self, state: transformers.TrainerState) -> str:
         """The end of a row: pairs per second, the time that passed and the time that is left."""
         now = time.monotonic()
-        step, then = self.mark
-        self.mark = (state.global_step, now)
-        speed = (state.global_step - step) * self.job.settings.global_batch_size / (now - then)
+        steps = state.global_step - self.step_of_last_row
+        seconds = now - self.time_of_last_row
+        speed = steps * self.job.settings.global_batch_size / seconds
+        self.step_of_last_row = state.global_step
+        self.time_of_last_row = now
         elapsed = now - self.began_at
-        done = state.global_step - self.first_step
+        done = state.global_step - self.steps_before
         left = elapsed / done * (state.max_steps - state.global_step)
         text = f"{speed:8.2f}{format_time(elapsed):>9}{format_time(left):>9}"
         # once, when the estimate has settled, and for runs of more than ten minutes
@@ -3548,12 +3826,10 @@ class Report(TrainerCallback):
             return
         where = f"step {state.global_step} of {state.max_steps}"
         for kind, text in find_advice(trend, self.job.training_args).items():
-            if kind not in self.advice:
-                self.advice[kind] = f"! {where}: {text}"
-                say(self.advice[kind])
-                state.log_history.append(
-                    {"step": state.global_step, "advice": {kind: self.advice[kind]}}
-                )
+            if kind not in read_advice(state.log_history):
+                line = f"! {where}: {text}"
+                say(line)
+                add_advice(state, {kind: line})
         if is_runaway(trend):
             self.stopped = (
                 f"stopped and saved at {where}: loss {trend.loss:.3g} is far worse than "
@@ -3563,6 +3839,16 @@ class Report(TrainerCallback):
             )
             control.should_save = True
             control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for the checkpoint of a run that was stopped once more: see Keeper.on_epoch_end."""
+        if self.stopped is not None:
+            control.should_save = True
+
+
+def peak_memory() -> str:
+    """GPU memory that training took at most so far."""
+    return f"{torch.cuda.max_memory_allocated() / GIB:.1f} GiB of GPU memory"
 
 
 def count_answer_tokens(pairs: Dataset, max_length: int | None) -> float:
@@ -3580,6 +3866,27 @@ def read_advice(history: list[dict]) -> dict[str, str]:
     for row in history:
         advice |= row.get("advice", {})
     return advice
+
+
+def add_advice(state: transformers.TrainerState, advice: dict[str, str]) -> None:
+    """Put {kind: line} into the log, which checkpoints and metrics.jsonl keep."""
+    if advice:
+        state.log_history.append({"step": state.global_step, "advice": advice})
+
+
+def note_kept_step(trainer: PreferenceTrainer) -> None:
+    """Say in the log which step the adapter is of, where the best one was kept."""
+    state = trainer.state
+    best = state.best_model_checkpoint
+    if not trainer.args.load_best_model_at_end or best is None:
+        return
+    step = int(Path(best).name.removeprefix("checkpoint-"))
+    metric = trainer.args.metric_for_best_model.removeprefix("eval_")
+    line = f"the adapter is that of step {step}, the best by held-out {metric}"
+    add_advice(state, {"kept": line})
+    state.log_history[-1]["kept_step"] = step
+    if is_main_process():
+        write_metrics(state.log_history, Path(trainer.args.output_dir, "metrics.jsonl"))
 
 
 def write_metrics(history: list[dict], path: Path) -> None:
@@ -3620,7 +3927,10 @@ def format_row(row: dict) -> str:
 
 
 class Trend(NamedTuple):
-    """Where a run stands: medians of its last log lines. In nats: rewards grow with beta."""
+    """Where a run stands by its last log lines: loss, moved, chosen and accuracy are medians.
+
+    Distances are in nats, as rewards grow with beta.
+    """
 
     total_steps: int
     is_late: bool  # a third of the steps is done, and the warm-up long over
@@ -3650,7 +3960,7 @@ def read_trend(state: transformers.TrainerState, job: Job, answer_tokens: float)
     seen_before = rows[-len(recent) - 1]["step"] if len(rows) > len(recent) else 0
     chosen = median["rewards/chosen"] / args.beta
     rejected = median["rewards/rejected"] / args.beta
-    warmup_steps = args.get_warmup_steps(state.max_steps)
+    warmup_steps = count_warmup_steps(args, state.max_steps)
     return Trend(
         total_steps=state.max_steps,
         is_late=state.global_step >= max(state.max_steps / 3, 2 * warmup_steps),
@@ -3691,7 +4001,7 @@ def find_advice(trend: Trend, args: DPOConfig) -> dict[str, str]:
         cure = (
             f"learning_rate {args.learning_rate:g} is too small for an adapter, try ten times that"
         )
-        if trend.total_steps < 20:
+        if trend.total_steps < FEW_STEPS:
             cure = (
                 f"{trend.total_steps} steps are too few; a smaller global_batch_size, more epochs"
             )
@@ -3756,13 +4066,6 @@ def name_run(job: Job) -> str:
     return f"{model} on {data}: beta {args.beta:g}, learning rate {args.learning_rate:g}"
 
 
-def name_sources(job: Job) -> list[str]:
-    """Hub name, folder or file of each data set."""
-    if job.mixture_args.datasets:
-        return [part.path for part in job.mixture_args.datasets]
-    return [job.script_args.dataset_name]
-
-
 # ---- answers
 ANSWER_FAULTS = {  # what an answer may do, and how a line on several of them puts it
     "endless": "do not end in time",
@@ -3773,7 +4076,7 @@ ANSWER_FAULTS = {  # what an answer may do, and how a line on several of them pu
 FENCE = "``````"  # longer than those in answers
 
 
-def show_samples(trainer: PreferenceTrainer, job: Job, report: Report) -> None:
+def show_samples(trainer: PreferenceTrainer, job: Job) -> None:
     """samples.md, three of its samples on the screen, and advice from the answers."""
     if not job.settings.sample_prompts or trainer.eval_dataset is None:
         return
@@ -3792,13 +4095,13 @@ def show_samples(trainer: PreferenceTrainer, job: Job, report: Report) -> None:
             reference = trainer.ref_model or policy
             of_reference = generate_answers(trainer, reference, config, prompts)
         of_policy = generate_answers(trainer, policy, config, prompts)
-    except (ValueError, torch.OutOfMemoryError) as error:
+    except (ValueError, RuntimeError) as error:  # settings; memory, or log-probs that are nan
         say(f"! no samples, the model could not generate: {first_line(error)}")
         return
 
     tokenizer = trainer.processing_class
     advice = find_answer_advice(of_policy, of_reference, pairs["chosen_ids"], config, tokenizer)
-    report.advice |= advice
+    add_advice(trainer.state, advice)
     how = f"{config.max_new_tokens} tokens at most, greedy"
     if config.do_sample:
         how = f"{config.max_new_tokens} tokens at most, sampled as the model's own settings say"
@@ -3953,16 +4256,22 @@ def shorten(text: str) -> str:
 
 # ---- the end of a run
 def save_report(trainer: PreferenceTrainer, job: Job, start: Start, report: Report) -> None:
-    """rewards.png, the summary on the screen, the model card last: it marks a finished run."""
+    """The log, rewards.png, the summary on the screen; the model card last: it marks a finished
+    run.
+    """
     if is_main_process():
         folder = Path(job.training_args.output_dir)
-        draw_rewards(trainer.state.log_history, name_run(job), folder / "rewards.png")
+        history = trainer.state.log_history
+        write_metrics(history, folder / "metrics.jsonl")
+        draw_rewards(history, name_run(job), folder / "rewards.png")
         summary = summarise(trainer, job, report)
         written = "settings.yaml, metrics.jsonl, rewards.png"
         if (folder / "samples.md").exists():
             written += ", samples.md"
         say("", *summary, "", f"written to {folder}:", "adapter, tokenizer, model card,", written)
-        if not job.settings.merge:
+        is_quantised = getattr(start.config, "quantization_config", None) is not None
+        can_be_merged = not is_quantised and not is_sharded()
+        if can_be_merged and not job.settings.merge:
             say("`--merge true` with the same command also writes the merged model")
         card = make_card(job, start, trainer.state.global_step, summary)
         write_file(folder / CARD, card.encode())
@@ -3970,21 +4279,25 @@ def save_report(trainer: PreferenceTrainer, job: Job, start: Start, report: Repo
 
 
 def summarise(trainer: PreferenceTrainer, job: Job, report: Report) -> list[str]:
-    """Steps, speed, held-out figures at the beginning and the end, advice."""
+    """Steps, speed, held-out figures of the first, the kept and the last step, advice."""
     state = trainer.state
-    lines = [f"{state.global_step} steps of {job.settings.global_batch_size} pairs"]
-    seconds = state.log_history[-1].get("train_runtime")
-    if seconds is not None:
-        steps = state.global_step - report.first_step
-        speed = steps * job.settings.global_batch_size / seconds
-        lines[0] += f"; {format_time(seconds)} for the last {steps}, {speed:.2f} pairs/s"
+    history = state.log_history
+    text = f"{state.global_step} steps of {job.settings.global_batch_size} pairs"
+    for row in history:
+        if "train_runtime" in row:
+            seconds = row["train_runtime"]
+            steps = state.global_step - report.steps_before
+            speed = steps * job.settings.global_batch_size / seconds
+            text += f"; {format_time(seconds)} for the last {steps}, {speed:.2f} pairs/s"
     if torch.cuda.is_initialized():
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        lines[0] += f", {peak:.1f} GiB of GPU memory at most"
-    held_out = [format_row(row) for row in state.log_history if "eval_loss" in row]
+        text += f", {peak_memory()} at most"
+    lines = [text]
+    held_out = [row for row in history if "eval_loss" in row]
     if held_out:
-        lines += [HEADER, *held_out[:1], *held_out[1:][-1:]]
-    return [*lines, *report.advice.values()]
+        shown = {held_out[0]["step"], held_out[-1]["step"]}
+        shown |= {row["kept_step"] for row in history if "kept_step" in row}
+        lines += [HEADER, *(format_row(row) for row in held_out if row["step"] in shown)]
+    return [*lines, *read_advice(history).values()]
 
 
 CARD_CODE = """\
@@ -4016,21 +4329,24 @@ def make_card(job: Job, start: Start, steps: int, summary: list[str]) -> str:
     args = job.training_args
     data = name_sources(job)
     metadata = huggingface_hub.ModelCardData(
-        base_model=None if os.path.isdir(start.base_name) else start.base_name,
+        base_model=None if os.path.isdir(start.source.base_name) else start.source.base_name,
         datasets=[name for name in data if not os.path.exists(name)] or None,
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["dpo", "lora", "trl"],
     )
-    origin = f"A LoRA adapter of {link_to(start.base_name)}"
-    if start.adapter is not None:
+    origin = f"A LoRA adapter of {link_to(start.source.base_name)}"
+    if start.source.adapter is not None:
         origin += f", begun as the adapter {link_to(job.model_args.model_name_or_path)}"
     links = ", ".join(link_to(name, "datasets/") for name in data)
     batch = TEXT_BATCH if start.tokenizer.chat_template is None else CHAT_BATCH
+    rows = "rows of any length"
+    if args.max_length is not None:
+        rows = f"rows of up to {args.max_length} tokens"
     how = (
-        f"{steps} steps of {job.settings.global_batch_size} pairs, rows of up to {args.max_length} "
-        f"tokens, loss {', '.join(args.loss_type)}, beta {args.beta:g}, learning rate "
-        f"{args.learning_rate:g} ({args.lr_scheduler_type.value}), trl {trl.__version__}."
+        f"{steps} steps of {job.settings.global_batch_size} pairs, {rows}, loss "
+        f"{', '.join(args.loss_type)}, beta {args.beta:g}, learning rate {args.learning_rate:g} "
+        f"({args.lr_scheduler_type.value}), trl {trl.__version__}."
     )
     summary_text = "\n".join(summary)
     return f"""\
@@ -4066,8 +4382,11 @@ def link_to(name: str, kind: str = "") -> str:
 # ------------------------------------------------------------------------------------------ the run
 MANIFEST = "manifest.json"  # in each whole checkpoint, written last: the digests of its files
 CARD = "README.md"  # the model card, written last: it marks a finished run
+# of an adapter, in the order in which they get their names: with the last one it is whole
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 # Settings in which a run and its continuation may differ: they change where, how fast and how
-# often, not what. With aot and sft the batch per device changes the result.
+# often, not what. The batch per device changes what aot, aot_unpaired and sft compute; it may
+# differ all the same, as it is the cure for running out of memory.
 MAY_CHANGE = set(
     "output_dir merge sample_prompts share_prefixes use_cpu tf32 torch_compile "
     "torch_compile_backend torch_compile_mode torch_empty_cache_steps gradient_checkpointing "
@@ -4079,27 +4398,36 @@ MAY_CHANGE = set(
     "log_on_each_node skip_memory_metrics ddp_timeout ddp_backend ddp_bucket_cap_mb "
     "ddp_broadcast_buffers ddp_static_graph dataset_num_proc dataloader_num_workers "
     "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor push_to_hub "
-    "hub_model_id hub_private_repo hub_revision".split()
+    "hub_model_id hub_private_repo hub_revision hub_strategy".split()
 )
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """All or nothing: a crash leaves the old file or the new one."""
-    draft = path.with_name(f"{path.name}.tmp")
-    draft.write_bytes(content)
-    os.replace(draft, path)
+MADE_FROM = {  # what settings.yaml says of a run beside its settings: how a difference is told
+    "pairs": "the training pairs differ",
+    "held_out": "the held-out pairs differ",
+    "sharding": "sharded by {there} there, {here} here",
+}
+
+
+def digest_pairs(pairs: Dataset) -> str:
+    """The same for the same pairs in the same order."""
+    hashes = np.array(pairs["pair_hash"])
+    return hashlib.blake2b(hashes.tobytes(), digest_size=8).hexdigest()
 
 
 def describe_run(job: Job, preferences: Preferences) -> dict[str, Any]:
     """What makes the run what it is, under the names of settings.yaml."""
-    hashes = np.array(preferences.train["pair_hash"])
+    held_out = "none"
+    if preferences.held_out is not None:
+        held_out = digest_pairs(preferences.held_out)
     sharding = "none"
     if is_switched_on("ACCELERATE_USE_FSDP"):
         sharding = "fsdp"
     elif is_switched_on("ACCELERATE_USE_DEEPSPEED"):
         sharding = "deepspeed"
     made = {
-        "pairs": hashlib.blake2b(hashes.tobytes(), digest_size=8).hexdigest(),
+        "pairs": digest_pairs(preferences.train),
+        "held_out": held_out,
         "sharding": sharding,
     }
     return flat_settings(job) | {"made_from": made}
@@ -4116,36 +4444,58 @@ def write_settings(job: Job, preferences: Preferences) -> None:
     )
 
 
-def find_differences(job: Job, preferences: Preferences) -> list[str]:
-    """Where the run in output_dir is not this one, as lines; none in an empty folder."""
-    folder = Path(job.training_args.output_dir)
+def find_stranger(folder: Path) -> str:
+    """A file in a folder that holds no run of this program; "" if it does, or is empty."""
     names = [path.name for path in folder.glob("[!.]*") if path.suffix != ".tmp"]
-    if not names:
+    if not names or "settings.yaml" in names:
+        return ""
+    return min(names)
+
+
+def find_differences(job: Job, preferences: Preferences) -> list[str]:
+    """Where the run in output_dir is not this one, as lines; none where there is no run."""
+    folder = Path(job.training_args.output_dir)
+    settings = folder / "settings.yaml"
+    if not settings.exists():
         return []
     try:
-        there = yaml.safe_load((folder / "settings.yaml").read_text("utf-8"))
-    except (OSError, yaml.YAMLError):
+        there = yaml.safe_load(settings.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
         there = None
     if not isinstance(there, dict):
-        return [f"it holds files that are no run of this program, such as {sorted(names)[0]}"]
+        return ["its settings.yaml is damaged"]
     here = yaml.safe_load(yaml.safe_dump(describe_run(job, preferences)))
+    made_there = there.pop("made_from", {})
+    made_here = here.pop("made_from")
     if (folder / CARD).exists():  # how the model was split matters to checkpoints alone
-        for run_made in (there, here):
-            run_made.get("made_from", {}).pop("sharding", None)
+        del made_here["sharding"]
+    may_change = MAY_CHANGE
+    if find_comparing(job):
+        may_change = MAY_CHANGE - {"eval_steps"}
     differences = []
-    for name in sorted((there.keys() | here.keys()) - MAY_CHANGE):
+    for name in sorted((there.keys() | here.keys()) - may_change):
         if there.get(name) != here.get(name):
             differences.append(f"{name}: {there.get(name)} there, {here.get(name)} here")
+    for name in made_there.keys() & made_here.keys():  # an older file may lack one
+        if made_there[name] != made_here[name]:
+            told = MADE_FROM[name].format(there=made_there[name], here=made_here[name])
+            differences.append(told)
     return differences
 
 
 def refuse_other_run(job: Job, preferences: Preferences) -> None:
     """Raise UserError where output_dir holds something else than this run and may not be moved."""
+    folder = Path(job.training_args.output_dir)
+    stranger = find_stranger(folder)
+    if stranger:
+        raise UserError(
+            f"output_dir={folder} holds files that are no run of this program, such as {stranger}: "
+            "choose another"
+        )
     differences = find_differences(job, preferences)
     if differences and not job.settings.overwrite:
-        folder = job.training_args.output_dir
         advice = "choose another, or `--overwrite true`, which moves the old one aside"
-        told = f"output_dir={folder} holds another run, or other files: {advice}"
+        told = f"output_dir={folder} holds another run: {advice}"
         raise UserError("\n  ".join([told, *differences]))
 
 
@@ -4153,8 +4503,8 @@ def refuse_other_run(job: Job, preferences: Preferences) -> None:
 def open_output(job: Job, preferences: Preferences) -> Iterator[bool]:
     """Hold output_dir for this run, and yield whether the run in it is this one, finished.
 
-    Another run, or other files, are refused; with `overwrite` they, and a finished run, are moved
-    aside. An unfinished run of the same settings is continued either way.
+    Another run is refused; with `overwrite` it, and a finished one, are moved aside. An unfinished
+    run of the same settings is continued either way. Files of somebody else are always refused.
     """
     folder = Path(job.training_args.output_dir).resolve()  # a link to another disk stays one
     state = job.training_args.distributed_state
@@ -4180,10 +4530,13 @@ def open_output(job: Job, preferences: Preferences) -> Iterator[bool]:
 def move_aside(folder: Path) -> Path:
     """Move what a folder holds, but for its lock, into a new folder beside it."""
     aside = folder.with_name(f"{folder.name}-old-{time.strftime('%Y%m%d-%H%M%S')}")
-    aside.mkdir()
-    for path in folder.iterdir():
-        if path.name != ".lock":
-            path.rename(aside / path.name)
+    try:
+        aside.mkdir()
+        for path in list(folder.iterdir()):
+            if path.name != ".lock":
+                shutil.move(path, aside)  # copies where the folder is a mount of its own
+    except OSError as error:
+        raise UserError(f"output_dir={folder} cannot be moved to {aside}: {error}") from error
     return aside
 
 
@@ -4192,7 +4545,9 @@ def digest_files(folder: Path) -> dict[str, str]:
     digests = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MANIFEST:
-            digests[str(path.relative_to(folder))] = hashlib.blake2b(path.read_bytes()).hexdigest()
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, hashlib.blake2b)
+            digests[str(path.relative_to(folder))] = digest.hexdigest()
     return digests
 
 
@@ -4205,7 +4560,7 @@ def is_whole(checkpoint: Path) -> bool:
     return listed.items() <= digest_files(checkpoint).items()
 
 
-def find_checkpoint(trainer: PreferenceTrainer) -> Path | None:
+def find_checkpoint(trainer: PreferenceTrainer) -> str | None:
     """The newest whole checkpoint; those that are not whole are set aside."""
     folder = Path(trainer.args.output_dir)
     if is_main_process():
@@ -4215,8 +4570,7 @@ def find_checkpoint(trainer: PreferenceTrainer) -> Path | None:
                 checkpoint.rename(aside)
                 say(f"! {checkpoint.name} is not whole: moved to {aside.name}")
     trainer.accelerator.wait_for_everyone()
-    newest = transformers.trainer_utils.get_last_checkpoint(folder)
-    return newest and Path(newest)
+    return transformers.trainer_utils.get_last_checkpoint(folder)
 
 
 class Keeper(TrainerCallback):
@@ -4224,11 +4578,14 @@ class Keeper(TrainerCallback):
     SIGTERM or Ctrl-C.
 
     The first signal lets all processes finish the step, save and stop; another one ends the program
-    at once.
+    at once. `checkpoint` is the one that the run continues from.
     """
 
-    def __init__(self, trainer: PreferenceTrainer) -> None:
+    def __init__(self, trainer: PreferenceTrainer, checkpoint: str | None = None) -> None:
         self.trainer = trainer
+        self.checkpoint = checkpoint
+        # not looked up on the disk, which processes may see at different times
+        self.saved_step: int | None = None
         self.heard: int | None = None  # the first signal
         self.heard_at = 0.0  # seconds
 
@@ -4245,11 +4602,17 @@ class Keeper(TrainerCallback):
             os.write(2, b"\ndpotrainer: stopping after this step; again: at once, unsaved\n")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep to this command's eval_steps and its like: a checkpoint brings others."""
+        """Keep to this command's eval_steps and its like, and to where output_dir is now: a
+        checkpoint brings others.
+        """
         state.compute_steps(args, state.max_steps)
+        if self.checkpoint is not None:
+            state.best_model_checkpoint = read_state(self.checkpoint).best_model_checkpoint
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the order of the pairs: accelerate does not find the sampler in its wrappings."""
+        """Set the order of the pairs: where several processes resume within an epoch, Trainer does
+        not find the sampler in accelerate's wrappings.
+        """
         self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -4267,9 +4630,14 @@ class Keeper(TrainerCallback):
             raise UserError(self.trainer.explain_overflow("gradient"), status=1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop where a process has heard a signal; log wherever a checkpoint is written."""
+        """Stop where a process has heard a signal; log wherever a checkpoint may be written, and at
+        the last step.
+        """
         self.stop_if_asked(control)
-        control.should_log |= control.should_save
+        # it is the evaluation that tells whether this step is the best, and saved
+        may_be_best = args.save_strategy == SaveStrategy.BEST and control.should_evaluate
+        if may_be_best or control.should_save or control.should_training_stop:
+            control.should_log = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make the checkpoint count."""
@@ -4277,18 +4645,30 @@ class Keeper(TrainerCallback):
         if is_main_process():
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
             write_file(folder / MANIFEST, json.dumps(digest_files(folder), indent=1).encode())
+        self.saved_step = state.global_step
         self.stop_if_asked(control)  # a signal may have come in the evaluation since
-        control.should_save = False  # else Trainer would save the same step once more
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save what a stop has left unsaved: in a step that evaluates, `save_strategy: best` saves
+        the best alone, and a signal may come too late for the step's own checkpoint.
+
+        Trainer comes here after every stop, and saves if it is asked to.
+        """
+        self.stop_if_asked(control)
+        if self.saved_step == state.global_step:
+            control.should_save = False
+        if control.should_save:
+            control.should_log = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End the program with the signal's status."""
+        """End the program with the signal's status, if the run is saved.
+
+        A signal that came later than that waits until the adapter is saved, and is forgotten.
+        """
         self.stop_if_asked(control)
-        if self.heard is None:
-            return
-        told = f"saved at step {state.global_step}"
-        if not Path(args.output_dir, f"checkpoint-{state.global_step}").exists():
-            told = "stopped in the last evaluation, which nothing saves"
-        raise UserError(f"{told}; the same command continues", status=128 + self.heard)
+        if self.heard is not None and self.saved_step == state.global_step:
+            told = f"saved at step {state.global_step}; the same command continues"
+            raise UserError(told, status=128 + self.heard)
 
     def stop_if_asked(self, control: transformers.TrainerControl) -> None:
         """Save and stop if any process has heard a signal: not all do, or not at the same step."""
@@ -4302,25 +4682,29 @@ class Keeper(TrainerCallback):
 
 def train_policy(trainer: PreferenceTrainer, job: Job, preferences: Preferences) -> Report:
     """Train from the newest whole checkpoint to the end, or to a signal."""
+    folder = Path(trainer.args.output_dir)
     checkpoint = find_checkpoint(trainer)
     if is_main_process():
         write_settings(job, preferences)  # from here on, the folder is this run's
-    is_trained = load_trained(trainer, checkpoint)
+    trained_in = load_trained(trainer, checkpoint)
     report = Report(trainer, job)
-    if is_trained:
-        report.advise(trainer.state, trainer.control)  # a run that was stopped stays so
-    else:
+    if trained_in is None:
         train_from(checkpoint, trainer, job, report)
+    else:
+        report.advise(trainer.state, trainer.control)  # a run that was stopped stays so
     if report.stopped is not None:
         raise UserError(report.stopped, status=1)
+    note_kept_step(trainer)
+    if trained_in is not None and trained_in != folder:
+        place_adapter(trained_in, trainer)
     return report
 
 
 def train_from(
-    checkpoint: Path | None, trainer: PreferenceTrainer, job: Job, report: Report
+    checkpoint: str | None, trainer: PreferenceTrainer, job: Job, report: Report
 ) -> None:
     """Train with the callbacks and signal handlers of a run."""
-    keeper = Keeper(trainer)
+    keeper = Keeper(trainer, checkpoint)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.remove_callback(transformers.ProgressCallback)
     trainer.add_callback(report)
@@ -4332,89 +4716,136 @@ def train_from(
     if checkpoint is not None:
         say(f"continuing from {checkpoint}")
         trainer.args.eval_on_start = False
-    before = {
-        number: signal.signal(number, keeper.hear) for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, keeper.hear)
     try:
         # PEFT casts the inputs of LoRA up and autocast casts them down again: lossless, not free
         casts_twice = trainer.args.bf16 and trainer.args.device.type == "cuda"
         with peft.helpers.disable_input_dtype_casting(trainer.model, active=casts_twice):
-            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+            trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def load_trained(trainer: PreferenceTrainer, checkpoint: Path | None) -> bool:
-    """Take up a run that is trained but has no card yet; False if there is more to train."""
+def load_trained(trainer: PreferenceTrainer, checkpoint: str | None) -> Path | None:
+    """Take up log and adapter of a run that is trained but has no card yet.
+
+    Returns the folder that the adapter is in: output_dir, or a checkpoint that it is still to be
+    copied from. None if there is more to train.
+    """
     folder = Path(trainer.args.output_dir)
-    is_saved = (folder / "adapter_config.json").exists()  # save_adapter came to its end
-    if checkpoint is None and not is_saved:
-        return False
-    state = read_state(folder, checkpoint)
-    is_trained = is_saved or state.global_step >= state.max_steps
-    if not is_trained:
-        return False
-
-    source = checkpoint
-    if is_saved:
+    if has_adapter(folder):
+        state = read_log(folder)  # the newest checkpoint may be of an earlier step
         source = folder
-    elif trainer.args.load_best_model_at_end and state.best_model_checkpoint:
-        source = state.best_model_checkpoint
+    elif checkpoint is not None and is_at_end(read_state(checkpoint)):
+        state = read_state(checkpoint)
+        source = Path(checkpoint)
+        if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            source = Path(state.best_model_checkpoint)
+    else:
+        return None
     say(f"the run is trained already; taking up the adapter in {source}")
-    trainer.model.load_adapter(str(source), "default", is_trainable=True)
     trainer.state = state
-    return True
+    if not is_sharded():  # only the samples need it, and a sharded model makes none
+        trainer.model.load_adapter(str(source), "default", is_trainable=True)
+    return source
 
 
-def read_state(folder: Path, checkpoint: Path | None) -> transformers.TrainerState:
-    """Steps and log of a run: its checkpoint's, or metrics.jsonl's where it saves none."""
-    if checkpoint is not None:
-        return transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    state = transformers.TrainerState()
-    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
-    state.log_history = [json.loads(line) for line in lines]
-    state.global_step = state.log_history[-1]["step"]
-    state.max_steps = state.global_step  # its adapter was saved: it came to its end
+def read_state(checkpoint: str) -> transformers.TrainerState:
+    """Steps and log of a checkpoint; output_dir may have been moved since it noted the best one."""
+    state = transformers.TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+    if state.best_model_checkpoint is not None:
+        best = Path(checkpoint).with_name(Path(state.best_model_checkpoint).name)
+        state.best_model_checkpoint = str(best) if best.exists() else None
     return state
 
 
+def read_log(folder: Path) -> transformers.TrainerState:
+    """Steps and log of a trained run, from metrics.jsonl."""
+    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    history = [json.loads(line) for line in lines]
+    last_step = history[-1]["step"]
+    return transformers.TrainerState(
+        log_history=history, global_step=last_step, max_steps=last_step
+    )
+
+
+def is_at_end(state: transformers.TrainerState) -> bool:
+    """Whether training had come to its end: by its steps, or early."""
+    if state.global_step >= state.max_steps:
+        return True
+    stopping = state.stateful_callbacks.get("EarlyStoppingCallback")
+    if stopping is None:
+        return False
+    without_better = stopping["attributes"]["early_stopping_patience_counter"]
+    return without_better >= stopping["args"]["early_stopping_patience"]
+
+
+def has_adapter(folder: Path) -> bool:
+    """Whether a run has saved its adapter: its training had come to its end."""
+    return all((folder / name).exists() for name in ADAPTER_FILES)
+
+
 def save_adapter(trainer: PreferenceTrainer) -> None:
-    """The adapter with its tokenizer in output_dir: whole, or not there."""
+    """The adapter with its tokenizer in output_dir, unless it was taken up and is there."""
     folder = Path(trainer.args.output_dir)
     draft = folder / "adapter.tmp"
-    trainer.save_model(str(draft))
+    is_there = has_adapter(folder)
+    trainer.accelerator.wait_for_everyone()  # until all have looked
+    if not is_there:
+        trainer.save_model(str(draft))
+        place_adapter(draft, trainer)
     if is_main_process():
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def place_adapter(source: Path, trainer: PreferenceTrainer) -> None:
+    """Copy an adapter into output_dir, with the tokenizer: whole, or not there."""
+    if is_main_process():
+        folder = Path(trainer.args.output_dir)
         trainer.processing_class.save_pretrained(folder)
-        for name in ("adapter_model.safetensors", "adapter_config.json"):
-            os.replace(draft / name, folder / name)
-        shutil.rmtree(draft)
+        for name in ADAPTER_FILES:
+            draft = folder / f"{name}.tmp"
+            shutil.copyfile(source / name, draft)
+            os.replace(draft, folder / name)
     trainer.accelerator.wait_for_everyone()
 
 
 def push_run(job: Job) -> None:
-    """Upload output_dir, without its checkpoints, to the hub as `hub_model_id`."""
+    """Upload output_dir, without checkpoints and merged/, to the hub as `hub_model_id`.
+
+    Raises UserError where the hub does not take it.
+    """
     args = job.training_args
     folder = Path(args.output_dir)
+    name = name_repository(args.hub_model_id, args.output_dir)
+    left_out = ["checkpoint-*", "incomplete-*", "merged/*", ".*", "*.tmp", "*.tmp/*"]
     api = huggingface_hub.HfApi()  # the token is the environment's or `hf auth login`'s
-    name = args.hub_model_id or folder.resolve().name
-    repository = api.create_repo(name, private=args.hub_private_repo, exist_ok=True)
-    card = (folder / CARD).read_text("utf-8")
-    card = re.sub(r"^name = .*$", f"name = {repository.repo_id!r}", card, flags=re.MULTILINE)
-    write_file(folder / CARD, card.encode())
-    left_out = ["checkpoint-*", "incomplete-*", "merged/*", ".lock", "*.tmp", "*.tmp/*"]
-    api.upload_folder(
-        repo_id=repository.repo_id,
-        folder_path=folder,
-        revision=args.hub_revision,
-        ignore_patterns=left_out,
-    )
+    try:
+        repository = api.create_repo(name, private=args.hub_private_repo, exist_ok=True)
+        if args.hub_revision is not None:
+            api.create_branch(repository.repo_id, branch=args.hub_revision, exist_ok=True)
+        card = (folder / CARD).read_text("utf-8")
+        card = re.sub(r"^name = .*$", f"name = {repository.repo_id!r}", card, flags=re.MULTILINE)
+        write_file(folder / CARD, card.encode())
+        api.upload_folder(
+            repo_id=repository.repo_id,
+            folder_path=folder,
+            revision=args.hub_revision,
+            ignore_patterns=left_out,
+        )
+    except Exception as error:  # of the hub or of the network; they have no class in common
+        told = f"push_to_hub=true, {name}: {first_line(error)}"
+        advice = f"the run is finished, the same command uploads it; {UPLOAD_LATER}"
+        raise UserError(f"{told}; {advice}", status=1) from error
     say(f"uploaded to {repository}")
 
 
 MERGE_PAIRS = 8  # compared before and after
 # nats per token that rounding may cost
-MERGE_TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.1}
+MERGE_TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "float16": 0.05, "bfloat16": 0.1}
 
 
 @torch.no_grad()
@@ -4425,9 +4856,12 @@ def merge_adapter(job: Job, start: Start, preferences: Preferences) -> None:
     Raises UserError where the merged model differs from base plus adapter by more than the dtype's
     rounding.
     """
+    gc.collect()  # a trainer is held by its callbacks, and they by the trainer
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     folder = Path(job.training_args.output_dir)
     draft = folder / "merged.tmp"
-    base = load_causal_lm(job, start.base_name, start.base_revision, quantize=False)
+    base = load_causal_lm(job, start.source.base_name, start.source.base_revision, quantize=False)
     make_room(base, start.tokenizer)
     policy = load_with_adapter(base, str(folder), None).eval()
     pairs = (preferences.held_out or preferences.train).take(MERGE_PAIRS)
@@ -4440,8 +4874,7 @@ def merge_adapter(job: Job, start: Start, preferences: Preferences) -> None:
     merged = load_causal_lm(job, str(draft), None, quantize=False).eval()
     found = score_tokens(merged, pairs, max_length)
     gap = (found - expected).abs().mean().item()
-    # not `>`: a gap may be nan
-    if not gap <= MERGE_TOLERANCE.get(str(job.model_args.dtype), 0.1):
+    if not gap <= MERGE_TOLERANCE[job.model_args.dtype]:  # not `>`: it may be nan
         shutil.rmtree(draft)
         raise UserError(
             f"merge=true: the merged model's log-probs are {gap:.2g} nats a token off, more than "
@@ -4492,12 +4925,13 @@ def score_tokens(
 # window. The hidden states go back into the padded batch, from which TRL computes losses and
 # metrics as ever.
 PLAIN_LAYERS = {"full_attention", "attention", "sliding_attention"}  # "attention": Granite 4's name
-UNKNOWN_TO_KERNELS = {"softcap": "soft-capping", "s_aux": "sinks", "position_bias": "a bias"}
+UNKNOWN_TO_PACKED = {"softcap": "soft-capping", "s_aux": "sinks", "position_bias": "a bias"}
 PROOF_PROMPT = 1536  # tokens that a proof keeps of a prompt, its last ones
 PROOF_ANSWER = 512  # tokens that a proof keeps of an answer, its first ones
 PROOF_LOGPS = 128  # log-probs that a proof compares, spread over all answers
 MINIATURE_TOLERANCE = 1e-5  # nats, largest difference in float32
 PROOF_TOLERANCE = {"float32": 1e-4, "half": 0.02}  # nats, mean, on top of what padding changes
+KNOWS_WINDOWS = "window_size" in inspect.signature(varlen_attn).parameters  # torch 2.10's has none
 
 
 @dataclass
@@ -4508,6 +4942,11 @@ class Sharing:
     line: str  # "shared, checked: log-probs differ by 2e-06", or "rows apart: <reason>"
 
 
+def rows_apart(reason: str) -> Sharing:
+    """Prefixes are not shared, and why."""
+    return Sharing(False, f"rows apart: {reason}")
+
+
 def check_sharing(job: Job, start: Start, preferences: Preferences) -> Sharing:
     """Before any weight is read: settings, architecture, then a miniature of it, both ways.
 
@@ -4515,22 +4954,21 @@ def check_sharing(job: Job, start: Start, preferences: Preferences) -> Sharing:
     """
     reasons = find_reasons_against_sharing(job, start.config)
     if reasons:
-        return Sharing(False, f"rows apart: {'; '.join(reasons)}")
+        return rows_apart("; ".join(reasons))
     batch = make_proof_batch(job, start, preferences)
     try:
         miniature = make_stand_in(start)
-        apart = score_answers(miniature, batch, run_backbone(miniature, batch))
+        padded = score_answers(miniature, batch, run_backbone(miniature, batch))
         share_prefixes(miniature)
         packed = score_answers(miniature, batch, run_backbone(miniature, batch, batch["layout"]))
-    except ValueError as error:  # ours, mostly: the attention, or no miniature
-        return Sharing(False, f"rows apart: {first_line(error)}")
     except Exception as error:  # whatever it is, rows apart do without
-        return Sharing(False, f"rows apart: a miniature of the model fails: {first_line(error)}")
-    difference = (packed - apart).abs().max().item()
+        is_ours = isinstance(error, ValueError)  # mostly: the attention, or no miniature
+        what = "" if is_ours else "a miniature of the model fails: "
+        return rows_apart(what + first_line(error))
+    difference = (packed - padded).abs().max().item()
     is_exact = difference <= MINIATURE_TOLERANCE  # not if it is not a number
     if not is_exact:
-        told = f"log-probs of a miniature of the model differ by {difference:.1g}"
-        return Sharing(False, f"rows apart: {told}")
+        return rows_apart(f"log-probs of a miniature of the model differ by {difference:.1g}")
     return Sharing(True, f"shared, checked: log-probs differ by {difference:.0e}")
 
 
@@ -4549,12 +4987,14 @@ def share_where_proven(
     for model in models:
         is_wrapped = isinstance(model, peft.PeftModel)
         causal_lms.append(model.get_base_model() if is_wrapped else model)
-    for number, causal_lm in enumerate(causal_lms):
+    sharing_already = []
+    for causal_lm in causal_lms:
         sharing = prove_sharing(causal_lm, job, start, preferences)
         if not sharing.is_used:
-            for shared in causal_lms[:number]:
-                stop_sharing(shared)
+            for other in sharing_already:
+                stop_sharing(other)
             return sharing
+        sharing_already.append(causal_lm)
     return sharing
 
 
@@ -4580,26 +5020,27 @@ def prove_sharing(
         batch = make_proof_batch(job, start, preferences)
         batch = accelerate.utils.send_to_device(batch, proven.device)
         with torch.autocast(proven.device.type, autocast, enabled=autocast is not None):
-            apart = score_answers(proven, batch, run_backbone(proven, batch))
-            alone = score_answers(proven, batch, run_rows_alone(proven, batch))
+            padded = score_answers(proven, batch, run_backbone(proven, batch))
+            unpadded = score_answers(proven, batch, run_rows_alone(proven, batch))
             share_prefixes(proven)
             packed = score_answers(proven, batch, run_backbone(proven, batch, batch["layout"]))
         if proven is not model:
             share_prefixes(model)
     except Exception as error:  # whatever it is, rows apart do without
         stop_sharing(model)
-        return Sharing(False, f"rows apart: {type(error).__name__}: {first_line(error)}")
+        return rows_apart(f"{type(error).__name__}: {first_line(error)}")
     finally:
         model.train(was_training)
 
-    difference = (packed - apart).abs().mean().item()
-    by_padding = (alone - apart).abs().mean().item()
+    difference = (packed - padded).abs().mean().item()
+    by_padding = (unpadded - padded).abs().mean().item()
     allowed = 3 * by_padding + PROOF_TOLERANCE["half" if is_half else "float32"]
     is_exact = difference <= allowed  # not if it is not a number
     if not is_exact:
         stop_sharing(model)
-        told = f"log-probs differ by {difference:.1g}, where {allowed:.1g} may be rounding"
-        return Sharing(False, f"rows apart: {told}")
+        return rows_apart(
+            f"log-probs differ by {difference:.1g}, where {allowed:.1g} may be rounding"
+        )
     return Sharing(True, f"shared, checked: log-probs differ by {difference:.0e}")
 
 
@@ -4732,7 +5173,7 @@ def lay_out_packed_row(input_ids: torch.Tensor, attention_mask: torch.Tensor) ->
 
 
 def share_prefixes(model: transformers.PreTrainedModel) -> None:
-    """Let a causal LM, not yet wrapped by PEFT, run batches that carry a layout as one packed row.
+    """Let a causal LM, never its PeftModel, run batches that carry a layout as one packed row.
 
     Raises ValueError where its attention cannot be replaced. Batches without a layout run as
     before.
@@ -4798,7 +5239,7 @@ def attend_packed_row(
             raise ValueError("its layers do not hand keyword arguments on to their attention")
         attend = transformers.AttentionInterface()["sdpa"]
         return attend(module, query, key, value, attention_mask, **kwargs)
-    for name, what in UNKNOWN_TO_KERNELS.items():
+    for name, what in UNKNOWN_TO_PACKED.items():
         if kwargs.get(name) is not None:
             raise ValueError(f"its attention has {what}, which the packed one has not")
 
@@ -4828,8 +5269,7 @@ def kernel_takes(query: torch.Tensor, value: torch.Tensor, window: int | None) -
     is_half = query.dtype in (torch.bfloat16, torch.float16)
     if not is_half or not query.is_cuda or torch.cuda.get_device_capability(query.device) < (8, 0):
         return False
-    knows_windows = "window_size" in inspect.signature(varlen_attn).parameters
-    return size == value.shape[-1] <= 256 and size % 8 == 0 and (window is None or knows_windows)
+    return size == value.shape[-1] <= 256 and size % 8 == 0 and (window is None or KNOWS_WINDOWS)
 
 
 def attend_with_kernel(
@@ -4841,10 +5281,10 @@ def attend_with_kernel(
     scale: float | None,
 ) -> torch.Tensor:
     """torch's variable-length attention: (T, Hq, D), (K, Hkv, D) twice to (T, Hq, D)."""
-    before = -1 if window is None else window - 1  # keys that a query sees before its own
-    options = {"window_size": (before, 0), "enable_gqa": True}
-    if "window_size" not in inspect.signature(varlen_attn).parameters:  # torch 2.10
-        options = {"is_causal": True}
+    options = {"is_causal": True}
+    if KNOWS_WINDOWS:
+        before = -1 if window is None else window - 1  # keys that a query sees before its own
+        options = {"window_size": (before, 0), "enable_gqa": True}
     if scale is not None and scale != query.shape[-1] ** -0.5:  # torch 2.10 knows no other
         options["scale"] = scale
     return varlen_attn(
@@ -4923,12 +5363,15 @@ def run(argv: list[str] | None = None) -> int:
         transformers.utils.logging.disable_progress_bar()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.register_at_fork(after_in_child=leave_interrupts_to_parent)
+    atexit.register(end_workers)
     try:
         main(argv)
     except UserError as error:
         return end_with(str(error), error.status)
     except torch.OutOfMemoryError as error:
         return end_with(f"{OUT_OF_MEMORY}\n  {first_line(error)}", 1)
+    except ImportError as error:  # of a package that a setting needs, asked for when it is used
+        return end_with(" ".join(str(error).split()), 2)
     except (Exception, KeyboardInterrupt) as error:
         if was_interrupted(error):
             return end_with(
@@ -4943,6 +5386,21 @@ def run(argv: list[str] | None = None) -> int:
 def leave_interrupts_to_parent() -> None:
     """In a worker process: Ctrl-C reaches it too, and its parent decides what comes of that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """In a worker that makes batches: a scheduler's signal reaches it too, and the step that its
+    parent still finishes needs it.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def end_workers() -> None:
+    """At the end of the program: its last workers, which ignore what `multiprocessing` sends."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report them as failures
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def was_interrupted(error: BaseException | None) -> bool:

@@ -304,15 +304,17 @@ def test_advice_is_given_once_also_over_a_resume_and_stays_in_the_log(
 ):
     report = make_report(global_batch_size=8)
     state, _ = log(report, unmoved(40, 2), max_steps=40)
-    assert capsys.readouterr().out.count("is too small") == 1 and set(report.advice) == {"flat"}
+    advice = dpotrainer.read_advice(state.log_history)
+    assert capsys.readouterr().out.count("is too small") == 1 and set(advice) == {"flat"}
     state.save_to_json(tmp_path / "trainer_state.json")  # as a checkpoint does
     state = TrainerState.load_from_json(tmp_path / "trainer_state.json")
     resumed = make_report(state.log_history)
     resumed.on_train_begin(None, state, None)
     resumed.advise(state, TrainerControl())
-    assert "is too small" not in capsys.readouterr().out and resumed.advice == report.advice
+    assert "is too small" not in capsys.readouterr().out
+    assert dpotrainer.read_advice(state.log_history) == advice
     written = tiny.read_metrics(resumed.folder)
-    assert [row["advice"] for row in written if "advice" in row] == [report.advice]
+    assert [row["advice"] for row in written if "advice" in row] == [advice]
 
 
 def test_a_runaway_asks_for_a_checkpoint_and_an_end(make_report):
@@ -510,6 +512,48 @@ def test_generation_settings_that_transformers_refuses_are_told_in_a_line(inputs
     )
 
 
+def test_log_probs_that_are_nan_cost_the_samples_alone(inputs, tmp_path, capsys, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("probability tensor contains nan")
+
+    monkeypatch.setattr(dpotrainer, "generate_answers", fail)
+    run(inputs, tmp_path / "out")
+    assert "! no samples, the model could not generate: probability" in capsys.readouterr().out
+    assert (tmp_path / "out" / "README.md").exists()
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_merging_is_only_offered_where_it_is_not_refused(
+    quantised, inputs, tmp_path, capsys, monkeypatch
+):
+    save_report = dpotrainer.save_report
+
+    def save(trainer, job, start, report):
+        if quantised:
+            start.config.quantization_config = {"quant_method": "awq"}
+        save_report(trainer, job, start, report)
+
+    monkeypatch.setattr(dpotrainer, "save_report", save)
+    run(inputs, tmp_path / "out", sample_prompts=0)
+    assert ("`--merge true`" in capsys.readouterr().out) is not quantised
+
+
+def test_the_summary_has_the_first_the_kept_and_the_last_evaluation(make_report):
+    report = make_report()
+    rows = [eval_row(step, 0.7, 1.0, -0.5) for step in (0, 100, 200, 300)]
+    line = "the adapter is that of step 100, the best by held-out loss"
+    kept = {"step": 300, "kept_step": 100, "advice": {"kept": line}}
+    trainer = types.SimpleNamespace(state=TrainerState(log_history=[*rows, kept], global_step=300))
+    lines = dpotrainer.summarise(trainer, report.job, report)
+    assert [line.split()[0] for line in lines if "held out" in line][:3] == ["0", "100", "300"]
+    assert lines[-1] == line
+
+
+def test_the_samples_advice_is_in_the_log(finished):
+    advice = dpotrainer.read_advice(tiny.read_metrics(finished))
+    assert set(advice) == {"flat", "unchanged"}
+
+
 def test_the_card_has_metadata_that_the_hub_reads_and_no_none(finished, inputs, make_job):
     for path in (finished / "README.md",):
         text = path.read_text(encoding="utf-8")
@@ -521,19 +565,21 @@ def test_the_card_has_metadata_that_the_hub_reads_and_no_none(finished, inputs, 
 
 
 def test_the_card_names_what_is_on_the_hub(make_job, tokenizer, tmp_path):
-    job = make_job(hub_model_id="me/mine", push_to_hub=True, learning_rate=5e-6)
+    job = make_job(learning_rate=5e-6)
     job.script_args.dataset_name = "trl-lib/ultrafeedback_binarized"
     job.model_args.model_name_or_path = "me/sft"
-    start = types.SimpleNamespace(
-        base_name="Qwen/Qwen3-8B", base_revision=None, adapter=object(), tokenizer=tokenizer
-    )
+    source = dpotrainer.Source("me/sft", None, "Qwen/Qwen3-8B", None, adapter=object())
+    start = types.SimpleNamespace(source=source, tokenizer=tokenizer)
     text = dpotrainer.make_card(job, start, 950, ["a summary"])
     card = huggingface_hub.ModelCard(text)
     assert card.data.base_model == "Qwen/Qwen3-8B"
     assert card.data.datasets == ["trl-lib/ultrafeedback_binarized"]
     assert "begun as the adapter [me/sft](https://huggingface.co/me/sft)" in text
     assert "https://huggingface.co/datasets/trl-lib/ultrafeedback_binarized" in text
-    assert "950 steps of 4 pairs," in text
+    assert "950 steps of 4 pairs, rows of up to 96 tokens," in text
+    job.training_args.max_length = None
+    text = dpotrainer.make_card(job, start, 950, ["a summary"])
+    assert "950 steps of 4 pairs, rows of any length," in text
     assert "learning rate 5e-06 (linear)" in text or "learning rate 5e-06 (cosine)" in text
 
 
@@ -557,5 +603,5 @@ def test_a_mistake_is_the_last_word_of_the_launcher(inputs, tmp_path):
 def test_sharded_models_are_not_sampled(make_job, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     trainer = types.SimpleNamespace(eval_dataset=[1])
-    dpotrainer.show_samples(trainer, make_job(sample_prompts=4), None)
+    dpotrainer.show_samples(trainer, make_job(sample_prompts=4))
     assert "no samples: the model is sharded" in capsys.readouterr().out

@@ -13,7 +13,14 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, Qwen3Config
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen3Config,
+    TrainerState,
+    get_scheduler,
+)
 from trl import DPOConfig
 
 import dpotrainer
@@ -98,7 +105,9 @@ def test_weights_are_those_of_the_loaded_model(base, plan):
     text = plan()
     assert number(text, r"([\d,]+) weights in float32") == total - trainable
     assert number(text, r"([\d,]+) trained weights") == trainable
-    assert number(text, r"beside (\d+)% of") == round(100 * reached / (total - trainable))
+    assert number(text, r"(\d+)% of the weights have one") == round(
+        100 * reached / (total - trainable)
+    )
 
 
 def test_steps_and_batch_are_derived(plan):
@@ -106,8 +115,40 @@ def test_steps_and_batch_are_derived(plan):
     kept = number(text, r"([\d,]+) pairs to train on")
     assert "8 pairs = 2 (per device) x 4 (accumulation) x 1 (processes)" in text
     assert number(text, r"steps +([\d,]+) =") == 3 * math.ceil(kept / 8)
+    assert (
+        f"= 3 (epochs) x {math.ceil(kept / 8)} (steps: {kept:.0f} pairs / 8, rounded up);" in text
+    )
     assert "learning rate 0.002, cosine, warm-up 0" in text
     assert "steps      7 = max_steps" in plan(max_steps=7)
+
+
+def test_a_part_of_an_epoch_is_rounded_up_too(plan):
+    """Both roundings are told: 51 pairs are 7 steps of 8, and half of them are 4."""
+    text = plan(global_batch_size=8, num_train_epochs=0.5)
+    assert "steps      4 = 0.5 (epochs) x 7 (steps: 51 pairs / 8, rounded up), rounded up;" in text
+
+
+@pytest.mark.parametrize("schedule", ["constant", "constant_with_warmup", "reduce_lr_on_plateau"])
+def test_warm_up_is_that_of_the_schedule(schedule, plan):
+    """As the library's own schedule has it in its first steps."""
+    settings = {"lr_scheduler_type": schedule, "warmup_steps": 30, "max_steps": 30}
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    get_scheduler(schedule, optimizer, num_warmup_steps=30, num_training_steps=30)
+    has_warmup = optimizer.param_groups[0]["lr"] == 0
+    text = plan(**settings)
+    assert (", warm-up 30" in text) == has_warmup and (", warm-up 0" in text) != has_warmup
+    assert ("all 30 steps are warm-up" in text) == has_warmup
+
+
+@pytest.mark.parametrize("schedule", ["constant", "constant_with_warmup"])
+def test_a_run_without_warm_up_is_late_after_a_third(schedule, base, data, tmp_path):
+    settings = {"lr_scheduler_type": schedule, "warmup_steps": 20}
+    job = dpotrainer.read_settings(tiny.settings(base, data, tmp_path / "out", **settings))
+    row = {"loss": 0.69, "rewards/chosen": 0.0, "rewards/rejected": 0.0, "rewards/accuracies": 0.5}
+    state = TrainerState(max_steps=60, global_step=20, log_history=[row | {"step": 20}])
+    trend = dpotrainer.read_trend(state, job, answer_tokens=10)
+    assert trend.is_late == (schedule == "constant")
 
 
 def test_objective_and_reference_are_told(base, plan, tmp_path):
@@ -129,7 +170,17 @@ def test_experts_without_an_adapter_are_told_with_the_setting_that_reaches_them(
     names = re.search(r"! no expert has an adapter.*`lora_target_parameters: \[(.*)\]`", text)
     assert names and number(text, r"only ([\d.]+)% of the weights") < 3
     text = plan(model=model, lora_target_parameters=names[1].split(", "))
-    assert "no expert" not in text and number(text, r"beside (\d+)% of") > 90
+    assert "no expert" not in text and number(text, r"(\d+)% of the weights have one") > 90
+
+
+def test_an_adapter_that_is_the_start_is_not_told_to_reach_experts(plan, tmp_path):
+    base = make_config(tmp_path / "moe", "gpt_oss", num_hidden_layers=2)
+    lora = LoraConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    lora.base_model_name_or_path = str(base)
+    lora.save_pretrained(tmp_path / "sft")
+    tiny.make_tokenizer().save_pretrained(tmp_path / "sft")
+    text = plan(model=tmp_path / "sft")
+    assert "! no expert has an adapter" in text and "lora_target_parameters" not in text
 
 
 def test_a_real_run_prints_the_same_plan(plan, base, data, tmp_path, capsys, monkeypatch):
@@ -149,7 +200,6 @@ def test_a_plan_is_at_most_a_screen(plan):
 
 
 def test_what_cannot_be_built_is_a_mistake(plan):
-    assert 'attn_implementation="foo"' in plan(status=2, attn_implementation="foo")
     assert "nothing" in plan(status=2, lora_target_modules=["nothing"])
 
 
@@ -182,6 +232,12 @@ def test_settings_that_are_named_for_few_pairs_do(pairs, epochs, plan, tmp_path)
     assert (
         "hardly" not in text and "warm-up, from" not in text and "more than there are" not in text
     )
+
+
+def test_an_accumulation_that_is_given_is_left_out_of_what_is_named(plan, tmp_path):
+    few = tiny.make_pairs(tmp_path / "few.jsonl", 40)
+    text = plan(pairs=few, global_batch_size=32, gradient_accumulation_steps=8)
+    assert "make 20 or more; leave gradient_accumulation_steps out" in text
 
 
 # ------------------------------------------------------------------------------- passes, operations
@@ -457,8 +513,79 @@ def test_the_card_that_has_room_is_named(plan, tmp_path, monkeypatch):
     model = make_config(
         tmp_path / "huge", **BIG | {"num_hidden_layers": 4, "intermediate_size": 800_000}
     )
-    assert "! 138 GiB are not enough: halve" in plan(model=model, **ON_A_GPU)
+    text = plan(model=model, **ON_A_GPU)
+    told = (
+        "! 138 GiB are not enough: lower max_length, or halve per_device_train_batch_size, or turn"
+    )
+    assert f"{told} load_in_4bit on, or share" in text
     assert "fits" not in plan() and "A100" not in plan(), "a run on a CPU needs no card"
+
+
+def test_savings_that_are_made_already_are_not_named(plan, tmp_path):
+    shape = BIG | {"num_hidden_layers": 4, "intermediate_size": 800_000}
+    model = make_config(tmp_path / "huge", **shape)
+    changes = {"gradient_checkpointing": False, "reference": "copy", "dtype": "float32"}
+    one = {"global_batch_size": 1, "per_device_train_batch_size": 1}
+    text = plan(model=model, **ON_A_GPU | changes | one)
+    assert "turn gradient_checkpointing on, or turn load_in_4bit on" in text
+    assert "halve" not in text
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (model / "config.json").write_text(json.dumps(config))
+    text = plan(model=model, **ON_A_GPU | changes)
+    assert "halve" in text and "load_in_4bit" not in text
+
+
+def test_no_hours_are_told_at_a_rate_that_the_run_cannot_reach(plan):
+    """The peaks are those of half precision."""
+    settings = {"use_cpu": False, "gradient_checkpointing": True}
+    assert " h on 1 A100" in plan(bf16=True, **settings)
+    assert " h on 1 A100" in plan(dtype="bfloat16", **settings)
+    assert " h on 1 A100" not in plan(**settings)
+
+
+def test_an_attention_that_wants_a_gpu_does_not_stop_the_plan_without_one(plan):
+    text = plan(use_cpu=False, attn_implementation="flash_attention_2")
+    assert "memory " in text and "could not be counted" not in text
+
+
+def test_bitsandbytes_leaves_experts_as_they_are(plan, tmp_path, monkeypatch):
+    """It replaces linear layers; a base that is quantised already has its experts in it, too."""
+    monkeypatch.setattr(dpotrainer, "find_spec", lambda name: True)  # of bitsandbytes
+    shape = {
+        "hidden_size": 1024,
+        "moe_intermediate_size": 2048,
+        "num_experts": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    }
+    model = make_config(tmp_path / "moe", "qwen3_moe", **shape)
+    experts = 4 * 64 * 3 * 1024 * 2048
+    attention = 4 * 4 * 1024**2
+    parts = memory(plan(model=model, load_in_4bit=True, **ON_A_GPU))
+    expected = (2 * experts + 4.25 / 8 * attention) / 2**30
+    assert parts["weights"] == pytest.approx(expected, rel=0.01)
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    (model / "config.json").write_text(json.dumps(config))
+    parts = memory(plan(model=model, **ON_A_GPU))
+    assert parts["weights"] == pytest.approx(4.25 / 8 * (experts + attention) / 2**30, rel=0.01)
+
+
+def test_shards_leave_4_bit_weights_whole(plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(dpotrainer, "find_spec", lambda name: True)  # of bitsandbytes
+    model = make_config(tmp_path / "big", **BIG)
+    changes = ON_A_GPU | {"load_in_4bit": True, "share_prefixes": False}
+    alone = memory(plan(model=model, **changes))
+    monkeypatch.setattr(dpotrainer, "is_sharded", lambda: True)
+    monkeypatch.setattr(DPOConfig, "world_size", 2)
+    shared = memory(plan(model=model, **changes))
+    assert shared["weights"] == pytest.approx(alone["weights"], rel=0.01)
+    assert shared["optimizer"] == pytest.approx(alone["optimizer"] / 2, rel=0.01)
+    shared = memory(plan(model=model, bnb_4bit_quant_storage="bfloat16", **changes))
+    assert shared["weights"] == pytest.approx(alone["weights"] / 2, rel=0.01)
 
 
 def test_a_model_that_cannot_be_counted_says_so(plan, monkeypatch):
@@ -474,6 +601,7 @@ def test_the_measured_peak_is_told_after_the_first_step(base, data, tmp_path, ca
         monkeypatch.setattr(dpotrainer, step, lambda *args: None)
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 5 * 2**30)
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda: None)
     flags = tiny.settings(base, data, tmp_path / "out", max_steps=3, eval_strategy="no")
     assert dpotrainer.run(flags) == 0
     told = "5.0 GiB of GPU memory at the peak of the first step"

@@ -158,6 +158,35 @@ def test_a_starting_adapter_keeps_its_own_shape(sft, train):
     train(sft, "same", max_steps=1, lora_r=3, lora_alpha=6)
 
 
+def test_what_else_an_adapter_has_is_taken_or_refused_too(sft, data, train, tmp_path, monkeypatch):
+    """Its dropout, where dropout is on; its whole modules; parameters that it is beside."""
+    own = {"lora_dropout": 0.25, "modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}
+    adapter = change_adapter(shutil.copytree(sft, tmp_path / "adapter"), **own)
+
+    def load(*words, **settings):
+        flags = tiny.settings(adapter, data, tmp_path / "out", reference="copy", **settings)
+        job = dpotrainer.read_settings([*flags, *words])
+        dpotrainer.load_start(job)
+        return job
+
+    job = load(disable_dropout=False)
+    assert job.model_args.lora_dropout == 0.25
+    assert job.model_args.lora_modules_to_save == ["lm_head"]
+    (tmp_path / "same.yaml").write_text(yaml.safe_dump(dpotrainer.flat_settings(job)))
+    load("--config", str(tmp_path / "same.yaml"), disable_dropout=False)
+    assert load().model_args.lora_dropout == 0, "disable_dropout switches it off"
+    for wrong in (
+        {"lora_dropout": 0.5, "disable_dropout": False},
+        {"lora_modules_to_save": "embed_tokens"},
+        {"lora_target_parameters": "experts.down_proj"},
+    ):
+        with pytest.raises(dpotrainer.UserError, match=f"{next(iter(wrong))}=.*adapter has"):
+            load(**wrong)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(dpotrainer.UserError, match="lora_modules_to_save=lm_head: in a sharded"):
+        load()
+
+
 def test_an_adapter_is_not_merged_into_a_quantised_base(base, train, tmp_path):
     quantised = shutil.copytree(base, tmp_path / "quantised")
     config = json.loads((quantised / "config.json").read_text())
@@ -169,17 +198,129 @@ def test_an_adapter_is_not_merged_into_a_quantised_base(base, train, tmp_path):
 
 def test_an_adapter_without_a_tokenizer_takes_its_base_s(sft, data, train, tmp_path):
     bare = shutil.copytree(sft, tmp_path / "bare", ignore=shutil.ignore_patterns("token*", "chat*"))
-    close(train(sft, "a", max_steps=2)[0], train(bare, "b", max_steps=2)[0], 0)
+    output, printed = train(bare, "b", max_steps=2)
+    assert f"! {bare}: no tokenizer can be read; that of its base is used" in printed
+    close(train(sft, "a", max_steps=2)[0], output, 0)
+
+
+def test_an_adapter_on_the_hub_without_a_tokenizer_takes_its_base_s(base, monkeypatch):
+    """The library looks on the hub, and finds none."""
+    adapter = LoraConfig(base_model_name_or_path=str(base))
+    source = dpotrainer.Source("someone/adapter", None, str(base), None, adapter)
+    assert dpotrainer.load_tokenizer(source).get_vocab() == tiny.make_tokenizer().get_vocab()
+    with pytest.raises(OSError):
+        dpotrainer.load_tokenizer(source._replace(adapter=None))
+
+
+def test_an_embedding_that_is_parted_out_is_not_cut(base, monkeypatch):
+    """Under ZeRO-3 a weight's own shape is empty; the tokenizer may be smaller than the model."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.get_input_embeddings().weight.data = torch.empty(0)
+    resized = []
+    monkeypatch.setattr(model, "resize_token_embeddings", resized.append)
+    dpotrainer.make_room(model, range(model.config.vocab_size))
+    assert resized == []
+    dpotrainer.make_room(model, range(model.config.vocab_size + 2))
+    assert resized == [model.config.vocab_size + 2]
+
+
+def change_adapter(folder: Path, **changes) -> Path:
+    """Rewrite an adapter's configuration."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
 
 
 def test_a_reference_that_does_not_apply_is_refused(base, sft, train, tmp_path):
     assert "no adapter" in train(base, status=2, reference="adapter")[1]
     broken = shutil.copytree(sft, tmp_path / "broken")
-    config = json.loads((broken / "adapter_config.json").read_text()) | {
-        "base_model_name_or_path": "/nowhere/base"
-    }
-    (broken / "adapter_config.json").write_text(json.dumps(config))
+    change_adapter(broken, base_model_name_or_path="/nowhere/base")
     assert "/nowhere/base" in train(broken, status=2)[1]
+
+
+@pytest.mark.parametrize("name", ["no such name", "x--y"])
+def test_a_name_that_is_none_is_one_message(name, base, train):
+    """Two different readers of the library refuse these."""
+    for settings in ({}, {"reference": "copy", "ref_model_name_or_path": name}):
+        setting = "ref_model_name_or_path" if settings else "model_name_or_path"
+        _, printed = train(base if settings else name, status=2, **settings)
+        assert f"{setting}={name}" in printed and "cannot be read: " in printed
+        assert "Traceback" not in printed
+
+
+def test_a_revision_that_is_not_there_is_one_message(base, train, monkeypatch):
+    """Of what is on the hub, the search for an adapter finds it out."""
+
+    def fail(name, revision):
+        raise OSError(f"{revision} is not a valid git identifier")
+
+    monkeypatch.setattr(dpotrainer, "find_adapter_config_file", fail)
+    _, printed = train(base, status=2, model_revision="v9")
+    assert "cannot be read: v9 is not a valid git identifier; " in printed
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"base_model_name_or_path": None}, "names no base_model_name_or_path; write there"),
+        ({"peft_type": "NEWEST"}, "knows no adapter of peft_type='NEWEST'; start from"),
+    ],
+)
+def test_an_adapter_that_peft_cannot_use_is_refused(changes, told, sft, train, tmp_path):
+    adapter = change_adapter(shutil.copytree(sft, tmp_path / "adapter"), **changes)
+    _, printed = train(adapter, status=2)
+    assert told in printed and str(adapter) in printed and "Traceback" not in printed
+
+
+def test_remote_code_is_not_run_and_nothing_is_asked(base, train, tmp_path, monkeypatch):
+    model = shutil.copytree(base, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "code.Own"}}
+    (model / "config.json").write_text(json.dumps(config))
+    questions = []
+    monkeypatch.setattr("builtins.input", lambda text: questions.append(text) or "n")
+    _, printed = train(model, status=2)
+    assert "remote code is not run here; take another model" in printed
+    assert questions == []
+
+
+@pytest.fixture
+def build(data, tmp_path):
+    """build(model, **settings) -> the trainer of a run, before its first step."""
+
+    def start(model, **settings):
+        job = dpotrainer.read_settings(tiny.settings(model, data, tmp_path / "out", **settings))
+        start = dpotrainer.load_start(job)
+        preferences = dpotrainer.load_preferences(job, start.tokenizer)
+        sharing = dpotrainer.check_sharing(job, start, preferences)
+        return dpotrainer.build_trainer(job, start, preferences, sharing)
+
+    return start
+
+
+@pytest.mark.parametrize("reference", ["auto", "copy"])
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_the_adapter_on_a_quantised_base_is_not_rounded(
+    is_sharded, reference, sft, build, monkeypatch
+):
+    """TRL rounds what it trains on a base that says so to bf16, and the frozen copy it leaves."""
+    load = dpotrainer.load_causal_lm
+
+    def load_as_if_quantised(*args, **options):
+        model = load(*args, **options)
+        model.is_loaded_in_4bit = True
+        return model
+
+    monkeypatch.setattr(dpotrainer, "load_causal_lm", load_as_if_quantised)
+    monkeypatch.setattr(dpotrainer, "is_sharded", lambda: is_sharded)
+    weights = dict(build(sft, reference=reference).model.named_parameters())
+    saved = load_file(sft / "adapter_model.safetensors")
+    assert any((weight != weight.bfloat16()).any() for weight in saved.values())
+    for name, weight in saved.items():
+        head, _, tail = name.rpartition(".")
+        for adapter in ("default", "ref") if reference == "auto" else ("default",):
+            found = weights[f"{head}.{adapter}.{tail}"]
+            assert found.dtype == torch.float32 and torch.equal(found, weight), name
 
 
 @pytest.mark.parametrize(
@@ -673,13 +814,22 @@ def with_another_prefix(weights):
     }
 
 
+def with_another_shape(weights):
+    name = min(name for name in weights if "layers." in name)
+    return weights | {name: torch.zeros(2, *weights[name].shape[1:])}
+
+
 def with_one_more(weights):
     return weights | {"model.layers.7.mlp.up_proj.weight": torch.zeros(2, 2)}
 
 
 @pytest.mark.parametrize(
     "change, told",
-    [(without_a_layer, "3 weights are not in the file"), (with_one_more, "1 weights fit nowhere")],
+    [
+        (without_a_layer, "3 weights are missing"),
+        (with_one_more, "1 weights are missing, left over"),
+        (with_another_shape, "1 weights are missing, left over or of another shape"),
+    ],
 )
 def test_weights_that_are_not_the_model_s_are_refused(change, told, base, train, tmp_path):
     damaged = shutil.copytree(base, tmp_path / "damaged")
@@ -688,12 +838,13 @@ def test_weights_that_are_not_the_model_s_are_refused(change, told, base, train,
     assert told in printed and "layers." in printed and "Traceback" not in printed
 
 
-@pytest.mark.parametrize("change", [with_another_prefix, without_a_layer])
+@pytest.mark.parametrize("change", [with_another_prefix, without_a_layer, with_another_shape])
 def test_an_adapter_that_does_not_fit_its_base_is_refused(change, sft, train, tmp_path):
     damaged = shutil.copytree(sft, tmp_path / "damaged")
     damage_weights(damaged, change)
     _, printed = train(damaged, status=2)
-    assert "weights are not in the file" in printed and "lora_" in printed
+    assert "weights are missing" in printed and "lora_" in printed
+    assert "Traceback" not in printed
 
 
 def test_dropout_kept_as_a_number_is_off_and_the_first_loss_is_ln_2(data, train, tmp_path):
@@ -718,17 +869,12 @@ def test_the_frozen_copy_of_an_sft_adapter_drops_nothing(
     check_evaluation(noisy, base, data, merged_sft)
 
 
-def test_the_reference_is_the_same_at_each_of_its_passes(sft, data, tmp_path):
+def test_the_reference_is_the_same_at_each_of_its_passes(sft, build, tmp_path):
     """In training, too, where the policy's dropout is on."""
     dropping = shutil.copytree(sft, tmp_path / "dropping")
     config = json.loads((dropping / "adapter_config.json").read_text())
     (dropping / "adapter_config.json").write_text(json.dumps(config | {"lora_dropout": 0.5}))
-    flags = tiny.settings(dropping, data, tmp_path / "out", disable_dropout=False)
-    job = dpotrainer.read_settings(flags)
-    start = dpotrainer.load_start(job)
-    preferences = dpotrainer.load_preferences(job, start.tokenizer)
-    sharing = dpotrainer.check_sharing(job, start, preferences)
-    trainer = dpotrainer.build_trainer(job, start, preferences, sharing)
+    trainer = build(dropping, disable_dropout=False)
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
     first = trainer.compute_ref_log_probs(trainer.model, dict(batch))
@@ -799,10 +945,13 @@ def test_lora_on_tied_embeddings_is_not_merged(base, train):
         {"early_stopping_patience": 2},
         {"save_strategy": "best", "metric_for_best_model": "loss"},
         {"lr_scheduler_type": "reduce_lr_on_plateau"},
+        {"eval_on_start": True},
     ],
     ids=str,
 )
-def test_the_best_checkpoint_needs_pairs_to_compare_by(settings, base, data, train, tmp_path):
+def test_what_needs_an_evaluation_needs_pairs_that_are_held_out(
+    settings, base, data, train, tmp_path
+):
     shutil.copy(data / "train.jsonl", tmp_path / "train.jsonl")
     _, printed = train(base, status=2, data=tmp_path / "train.jsonl", eval_pairs=0, **settings)
     name, value = next(iter(settings.items()))

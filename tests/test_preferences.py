@@ -1,5 +1,6 @@
 """The section `preferences`: from files to tokens, what is dropped, told and refused."""
 
+import errno
 import gzip
 import json
 import math
@@ -399,6 +400,17 @@ def test_a_prompt_repeated_in_one_or_both_answers_is_taken_out(tokenizer, tmp_pa
     assert load(tmp_path, both, tokenizer)[0] == load(tmp_path, one, tokenizer)[0] == expected
 
 
+def test_the_blank_after_a_transcript_is_not_of_the_answer(tokenizer, tmp_path):
+    row = text_row("\n\nHuman: q\n\nAssistant:", " yes", " no")
+    whole = {"chosen": row["prompt"] + " yes", "rejected": row["prompt"] + " no"}
+    expected = load(tmp_path, [whole], tokenizer)[0]
+    assert shown(tokenizer, expected[0])[1] == "yes<|im_end|>\n"
+    assert load(tmp_path, [row], tokenizer)[0] == expected
+    # a column of messages beside it does not take the place of the prompt
+    row["messages"] = [user("q"), assistant("in other words")]
+    assert load(tmp_path, [row], tokenizer)[0] == expected
+
+
 def test_transcripts_that_part_early_keep_the_last_shared_question(tokenizer, tmp_path):
     asked = "\n\nHuman: a\n\nAssistant: "
     rows = [
@@ -472,6 +484,7 @@ BAD = {
         pair("q", None, "b"),
         pair("q", "\u200b", "b"),
         {"chosen": [user("q")], "rejected": [user("q"), assistant("b")]},
+        {"chosen": [assistant("a")], "rejected": [assistant("b")]},
     ],
     "no final assistant turn": [
         {
@@ -482,7 +495,6 @@ BAD = {
     "prompt ends in an answer": [pair([user("q"), assistant("a")], "b", "c")],
     "histories differ": [
         {"chosen": [user("q"), assistant("a")], "rejected": [user("p"), assistant("b")]},
-        {"chosen": [assistant("a")], "rejected": [assistant("b")]},
         {"chosen": [system("s"), assistant("a")], "rejected": [system("s"), assistant("b")]},
         {"chosen": [user("q"), assistant("a")], "rejected": [assistant("b")]},
     ],
@@ -549,6 +561,11 @@ def test_ties_and_contradictions_are_found_in_every_known_pair_of_score_columns(
     _, report = load(tmp_path, rows, tokenizer)
     assert "1 tied scores (rows 1)" in report
     assert "! train: 1 of 4 rows: the rejected answer has the higher score" in report
+
+
+def test_a_tie_of_one_scorer_is_none_where_another_tells_them_apart(tokenizer, tmp_path):
+    more = {"score_chosen": 5, "score_rejected": 5, "chosen_rating": 5, "rejected_rating": 2}
+    assert len(load(tmp_path, [pair("q", "a", "b", **more)], tokenizer)[0]) == 1
 
 
 def test_decimal_scores_are_compared(tokenizer, tmp_path):
@@ -715,6 +732,14 @@ def test_the_refusal_of_known_names_ends_with_a_line_that_works(row, line, token
     assert "!" not in report
 
 
+def test_the_advised_line_keeps_what_was_given(tokenizer, tmp_path):
+    row = {"question": "q", "good": "a", "bad": "b"}
+    message = refused(tmp_path, [row], tokenizer, columns={"chosen": "good"})
+    advised = json.loads(re.search("--columns '(.*)'$", message)[1])
+    assert advised == {"prompt": "question", "chosen": "good", "rejected": "bad"}
+    assert len(load(tmp_path, [row], tokenizer, columns=advised)[0]) == 1
+
+
 def test_a_column_with_a_dot_in_its_name(tokenizer, tmp_path):
     row = {"a.b": "q", "chosen": [assistant("a")], "rejected": [assistant("b")]}
     expected = load(tmp_path, [pair("q", "a", "b")], tokenizer)[0]
@@ -740,6 +765,9 @@ def test_a_mapping_goes_before_a_column_of_that_name_which_is_told(tokenizer, tm
             {"answer": "chosen"},
             "columns: answer is none of prompt, chosen, rejected, system, tools",
         ),
+        ({"prompt": ["prompt", "chosen"]}, "columns: prompt must be the name of one column, not ["),
+        ({"system": None}, "columns: system must be the name of one column, not None"),
+        ({"prompt": 1}, "columns: prompt must be the name of one column, not 1"),
     ],
 )
 def test_a_mapping_to_what_is_not_there_is_one_line(columns, said, tokenizer, tmp_path):
@@ -935,7 +963,6 @@ def test_a_folder_with_brackets_is_read(tokenizer, tmp_path):
     folder.mkdir()
     expected, _ = load_file(write(folder, MANY, "train.jsonl"), tokenizer)
     write(folder, MANY, "test.jsonl")
-    (folder / "notes.csv").write_text("a,b\n1,2\n")
     found = dpotrainer.load_preferences(make_job(folder), tokenizer)
     assert [*found.train] == [*found.held_out] == expected
 
@@ -950,19 +977,86 @@ def test_a_folder_of_csv_files_reads_as_a_file_does(tokenizer, tmp_path):
         assert shown(tokenizer, pairs[2])[1] == "3<|im_end|>\n"
 
 
-def test_a_csv_file_beside_jsonl_is_told(tokenizer, tmp_path, capsys):
-    write(tmp_path, [pair(f"q{i}", "a", "b") for i in range(4)], "train.jsonl")
-    (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
+def test_a_folder_of_several_kinds_is_refused(tokenizer, tmp_path):
+    rows = [pair(f"q{i}", "a", "b") for i in range(4)]
+    write(tmp_path, rows, "pairs.jsonl")
     (tmp_path / "dataset_infos.json").write_text("{}")
+    (tmp_path / "README.md").write_text("what this is\n")
     assert len(load_file(tmp_path, tokenizer)[0]) == 4
-    assert "! files of another kind that are not read: notes.csv" in capsys.readouterr().out
+    (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(dpotrainer.UserError, match=r"several kinds, \.csv, \.jsonl; name one"):
+        load_file(tmp_path, tokenizer)
 
 
-def test_tables_with_different_separators_are_refused(tokenizer, tmp_path):
+def test_tables_with_different_separators_or_columns_are_refused(tokenizer, tmp_path):
     (tmp_path / "a.csv").write_text("prompt,chosen,rejected\nq,a,b\n")
     (tmp_path / "b.tsv").write_text("prompt\tchosen\trejected\nq\ta\tb\n")
-    with pytest.raises(dpotrainer.UserError, match="csv and tsv files in one folder"):
+    with pytest.raises(dpotrainer.UserError, match=r"several kinds, \.csv, \.tsv"):
         load_file(tmp_path, tokenizer)
+    (tmp_path / "b.tsv").unlink()
+    (tmp_path / "b.csv").write_text("id,prompt,chosen,rejected\n1,q,a,b\n")
+    with pytest.raises(dpotrainer.UserError, match=r"b\.csv and a\.csv have different columns"):
+        load_file(tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b'{"prompt": "q"}' * 99)[:-9]])
+def test_a_broken_gzip_file_is_refused(content, tokenizer, tmp_path):
+    (tmp_path / "pairs.jsonl.gz").write_bytes(content)
+    with pytest.raises(dpotrainer.UserError, match="it is no whole gzip file"):
+        load_file(tmp_path / "pairs.jsonl.gz", tokenizer)
+
+
+def test_a_configuration_of_a_file_is_refused(tokenizer, tmp_path):
+    path = write(tmp_path, MANY)
+    with pytest.raises(dpotrainer.UserError, match="dataset_config=x chooses nothing there"):
+        load_file(path, tokenizer, script={"dataset_config": "x"})
+
+
+def test_a_full_disk_is_not_a_wrong_name(tokenizer, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(OSError, match="No space left"):
+        load(tmp_path, MANY, tokenizer)
+
+
+def test_a_tsv_without_quoting_keeps_its_quotes(tokenizer, tmp_path):
+    """Read as Excel writes, two of these four rows would end up inside a cell."""
+    rows = [
+        ("q1", '"Well" is a word', "no"),
+        ("q2", '"Bye now', "x"),
+        ("q3", 'a "b" c', "d"),
+        ("q4", '"e', "f"),
+    ]
+    lines = ["\t".join(row) + "\n" for row in [("prompt", "chosen", "rejected"), *rows]]
+    for name in ("pairs.tsv", "pairs.tsv.gz"):
+        opened = gzip.open if name.endswith(".gz") else open
+        with opened(tmp_path / name, "wt", encoding="utf-8") as file:
+            file.writelines(lines)
+        pairs, _ = load_file(tmp_path / name, tokenizer, chat_strings=True)
+        answers = [shown(tokenizer, read)[1].removesuffix("<|im_end|>\n") for read in pairs]
+        assert answers == [chosen for _, chosen, _ in rows]
+
+
+def test_a_tsv_with_quoting_loses_its_quotes(tokenizer, tmp_path):
+    (tmp_path / "pairs.tsv").write_text(
+        'prompt\tchosen\trejected\nq\t"one\n""two""\t3"\tno\nq\tb\tc\n'
+    )
+    pairs, _ = load_file(tmp_path / "pairs.tsv", tokenizer, chat_strings=True)
+    assert len(pairs) == 2
+    assert shown(tokenizer, pairs[0])[1] == 'one\n"two"\t3<|im_end|>\n'
+
+
+@pytest.mark.parametrize("cell", ['"Well" is a word', '"Bye now'])
+def test_a_stray_quote_in_a_csv_is_refused(cell, tokenizer, tmp_path):
+    (tmp_path / "pairs.csv").write_text(
+        f"prompt,chosen,rejected\nq,{cell},no\nq,a,b\n", encoding="utf-8"
+    )
+    with pytest.raises(dpotrainer.UserError) as caught:
+        load_file(tmp_path / "pairs.csv", tokenizer)
+    message = str(caught.value)
+    assert "pairs.csv, line " in message and "a quote inside a cell is written twice" in message
 
 
 def test_the_csv_of_a_german_excel_is_read(tokenizer, tmp_path):
@@ -1248,6 +1342,34 @@ def test_tools_and_template_arguments_may_be_texts(qwen, tmp_path):
     )
     thinking = pair("q", "a", "b", chat_template_kwargs={"enable_thinking": True})
     assert load(tmp_path, [thinking], qwen)[0] != plain
+
+
+def test_nulls_in_messages_as_text_are_left_out(qwen, tmp_path):
+    """As OpenAI's dumps write them; arrow's structs lose theirs."""
+    empty = {"tool_calls": None, "reasoning_content": None}
+    row = pair("q", "a", "b")
+    with_nulls = {side: json.dumps([turns[0] | empty]) for side, turns in row.items()}
+    assert load(tmp_path, [with_nulls], qwen)[0] == load(tmp_path, [row], qwen)[0]
+
+
+def test_tools_beside_plain_text_make_a_chat(qwen, tmp_path):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    expected = load(tmp_path, [pair("q", "a", "b", tools=tools)], qwen)[0]
+    assert load(tmp_path, [text_row(tools=tools)], qwen)[0] == expected
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ({"chat_template_kwargs": "[1]"}, "row 1: chat_template_kwargs must be a mapping"),
+        (
+            {"prompt": [user("q"), {"role": "function_call", "content": ""}, user("p")]},
+            "row 1: function_call must hold a call as JSON, not ''",
+        ),
+    ],
+)
+def test_a_cell_that_is_no_call_or_mapping_is_refused_by_name(more, said, qwen, tmp_path):
+    assert said in refused(tmp_path, [pair("q", "a", "b") | more], qwen)
 
 
 def test_tools_in_a_struct_are_mapped(qwen, tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from matplotlib.figure import Figure
 from peft import LoraConfig
 from transformers import CONFIG_MAPPING
@@ -170,27 +171,54 @@ def test_every_part_of_a_run_is_called_and_resumed(rehearse, monkeypatch):
     assert [names.count(name) for name in once] == [2, 1, 1, 1, 1]  # the start: of plan, and small
     assert names.count("build_trainer") == names.count("train_policy") == 2
     first, second = [(args[0], report) for name, args, report in calls if name == "train_policy"]
-    assert first[1].first_step == 0 and second[1].first_step == 1
+    assert first[1].steps_before == 0 and second[1].steps_before == 1
     for trainer, _ in (first, second):
         assert trainer.state.global_step == 2
         assert any("eval_loss" in row for row in trainer.state.log_history)
         assert trainer.args.gradient_accumulation_steps == 2
 
 
-def test_a_saved_adapter_that_is_another_one_is_refused(rehearse, monkeypatch):
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_saved_adapter_that_is_lost_is_refused(rounded, rehearse, monkeypatch):
+    """As a fresh one it does nothing, and two steps of a usual learning rate hardly do more."""
     save = dpotrainer.save_adapter
 
-    def save_another(trainer):
+    def save_a_fresh_one(trainer):
+        trained = {}
         for name, weight in trainer.model.named_parameters():
             if "lora_B" in name:
-                weight.data += 0.1
+                trained[name] = weight.data
+                weight.data = torch.zeros_like(weight)
         save(trainer)
-        for name, weight in trainer.model.named_parameters():
-            if "lora_B" in name:
-                weight.data -= 0.1
+        for name, weight in trained.items():
+            trainer.model.get_parameter(name).data = weight
 
-    monkeypatch.setattr(dpotrainer, "save_adapter", save_another)
-    assert "the saved adapter's log-probs are" in rehearse(status=2)
+    monkeypatch.setattr(dpotrainer, "save_adapter", save_a_fresh_one)
+    dtype = "bfloat16" if rounded else "float32"
+    printed = rehearse(status=2, learning_rate=5e-6, bf16=rounded, dtype=dtype)
+    assert "the saved adapter's log-probs are" in printed
+
+
+def test_lora_on_tied_embeddings_is_not_merged(rehearse):
+    """At a usual learning rate, too: the run would find it out at its end."""
+    modules = ["embed_tokens", "q_proj"]
+    printed = rehearse(status=2, merge=True, lora_target_modules=modules, learning_rate=5e-6)
+    assert "its rehearsal does in merge_adapter: merge=true: the merged model's" in printed
+    rehearse(lora_target_modules=modules, learning_rate=5e-6)
+
+
+def test_what_was_saved_is_loaded_as_the_run_loads_it(rehearse, monkeypatch):
+    """A quantised base is another one than before: here all weights are rounded to quarters."""
+    load = dpotrainer.load_causal_lm
+
+    def load_rounded(*args, **options):
+        model = load(*args, **options)
+        for weight in model.parameters():
+            weight.data = (4 * weight.data).round() / 4
+        return model
+
+    monkeypatch.setattr(dpotrainer, "load_causal_lm", load_rounded)
+    assert "rehearsed  in " in rehearse(share_prefixes=False)
 
 
 def test_a_failure_names_where_it_came_and_a_signal_keeps_its_status(rehearse, monkeypatch):
@@ -286,8 +314,12 @@ def test_what_a_gpu_alone_can_do_is_left_out_without_one(rehearse, monkeypatch):
         use_cpu=False, dtype="float16", fp16=True, activation_offloading=True, torch_compile=True
     )
     assert "without a GPU not its kernels, fp16" in " ".join(printed.split())
+    assert "; without torch_compile" in " ".join(printed.split())
+    assert "without torch_compile" in " ".join(rehearse(torch_compile=True).split())
     for dtype in ("bfloat16", "float32"):
         assert "rehearsed  in " in rehearse(use_cpu=False, dtype=dtype, bf16=True)
+    printed = rehearse(use_cpu=False, attn_implementation="flash_attention_2")
+    assert "rehearsed  in " in printed and "torch_compile" not in printed
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """A run from start to end, what it leaves, and every way in which it can be broken off, damaged or started twice."""
 
 import functools
+import gc
 import math
 import os
 import random
@@ -14,6 +15,7 @@ import time
 import types
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import tiny
 import torch
@@ -404,10 +406,25 @@ def test_files_of_somebody_else_are_left_alone(inputs, tmp_path, capsys):
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "thesis.tex").write_text("years of work")
-    assert dpotrainer.run(tiny.settings(*inputs, folder)) == 2
-    message = capsys.readouterr().err
-    assert "no run of this program" in message and "choose another" in message
+    for more in ([], ["--overwrite", "true"]):
+        assert dpotrainer.run([*tiny.settings(*inputs, folder), *more]) == 2
+        message = capsys.readouterr().err
+        assert "no run of this program, such as thesis.tex: choose another" in message
+        assert "--overwrite" not in message
     assert [path.name for path in folder.iterdir() if path.name != ".lock"] == ["thesis.tex"]
+
+
+def test_a_run_that_cannot_be_moved_is_told(inputs, finished, monkeypatch, capsys):
+    def refuse(source, target):
+        raise OSError("no room there")
+
+    monkeypatch.setattr(dpotrainer.shutil, "move", refuse)
+    before = tiny.tree(finished[0])
+    assert dpotrainer.run(tiny.settings(*inputs, finished[0], overwrite=True)) == 2
+    assert "cannot be moved to" in capsys.readouterr().err
+    assert tiny.tree(finished[0]) == before
+    (aside,) = finished[0].parent.glob("out-old-*")
+    aside.rmdir()
 
 
 def test_settings_that_the_model_refuses_leave_nothing_behind(run, tmp_path):
@@ -721,7 +738,14 @@ def test_overwrite_continues_an_unfinished_run(run, stopped, finished, tmp_path)
     assert not list(tmp_path.glob("out-old-*"))
 
 
-def test_a_run_of_a_gpu_is_the_same_run_on_a_machine_without_one(inputs, tmp_path):
+class FakeHub:
+    """A hub that answers, and takes everything."""
+
+    def whoami(self):
+        return {"name": "me"}
+
+
+def test_a_run_of_a_gpu_is_the_same_run_on_a_machine_without_one(inputs, tmp_path, monkeypatch):
     """What libraries derive from the machine, and how the run is computed or uploaded, may differ."""
     flags = tiny.settings(*inputs, tmp_path / "out")
     dpotrainer.main([*flags, "--max_steps", "1"])
@@ -737,8 +761,28 @@ def test_a_run_of_a_gpu_is_the_same_run_on_a_machine_without_one(inputs, tmp_pat
 
     assert differences() == []
     assert differences("--torch_compile", "true") == []
-    assert differences("--push_to_hub", "true", "--hub_private_repo", "true") == []
+    monkeypatch.setattr(dpotrainer.huggingface_hub, "HfApi", FakeHub)
+    upload = ["--push_to_hub", "true", "--hub_private_repo", "true", "--hub_strategy", "end"]
+    assert differences(*upload) == []
     assert differences("--beta", "0.2") == ["beta: 0.1 there, 0.2 here"]
+    assert differences("--eval_steps", "3") == []
+
+    compared = {"early_stopping_patience": 2, "load_best_model_at_end": True}
+    compared |= {"metric_for_best_model": "loss", "greater_is_better": False}
+    settings.write_text(yaml.safe_dump(there | compared))
+    told = differences("--early_stopping_patience", "2", "--save_steps", "6", "--eval_steps", "3")
+    assert told == ["eval_steps: 4 there, 3 here"]
+
+    there["made_from"] = {"pairs": "another", "sharding": "fsdp"}  # as before held_out was kept
+    settings.write_text(yaml.safe_dump(there))
+    (tmp_path / "out" / "README.md").unlink()
+    assert set(differences()) == {
+        "the training pairs differ",
+        "sharded by fsdp there, none here",
+    }
+    there["made_from"] = {"held_out": "others"}
+    settings.write_text(yaml.safe_dump(there))
+    assert differences() == ["the held-out pairs differ"]
 
 
 def see_a_runaway_at_the_end(program):
@@ -758,20 +802,42 @@ def test_an_uploaded_card_names_its_repository(inputs, tmp_path, monkeypatch):
     dpotrainer.main(tiny.settings(*inputs, tmp_path / "out", max_steps=1))
     uploaded = {}
 
-    class Hub:
+    class Hub(FakeHub):
         def create_repo(self, name, **options):
             uploaded.update(options, name=name)
             return types.SimpleNamespace(repo_id=f"me/{name}")
 
+        def create_branch(self, name, *, branch, exist_ok):
+            uploaded["branch"] = (name, branch, exist_ok)
+
         def upload_folder(self, **options):
+            assert uploaded["branch"] == ("me/mine", options["revision"], True)
             uploaded.update(options)
 
     monkeypatch.setattr(dpotrainer.huggingface_hub, "HfApi", Hub)
     more = {"push_to_hub": True, "hub_model_id": "mine", "hub_private_repo": True}
+    more["hub_revision"] = "first"
     dpotrainer.main(tiny.settings(*inputs, tmp_path / "out", max_steps=1, **more))
     assert (uploaded["name"], uploaded["private"]) == ("mine", True)
-    assert "checkpoint-*" in uploaded["ignore_patterns"]
+    left_out = uploaded["ignore_patterns"]
+    names = ["checkpoint-4/a", "merged/a", ".lock", ".rehearsal-x/run/a", "README.md"]
+    assert list(huggingface_hub.utils.filter_repo_objects(names, ignore_patterns=left_out)) == [
+        "README.md"
+    ]
     assert "\nname = 'me/mine'\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_hub_that_refuses_costs_nothing_of_the_run(inputs, tmp_path, monkeypatch, capsys):
+    class Hub(FakeHub):
+        def create_repo(self, name, **options):
+            raise ConnectionError("the line is dead")
+
+    monkeypatch.setattr(dpotrainer.huggingface_hub, "HfApi", Hub)
+    flags = tiny.settings(*inputs, tmp_path / "out", max_steps=1, push_to_hub=True)
+    assert dpotrainer.run(flags) == 1
+    message = capsys.readouterr().err
+    assert "push_to_hub=true, out: the line is dead; the run is finished" in message
+    assert (tmp_path / "out" / "README.md").exists()
 
 
 def test_a_link_stays_a_link(run, tmp_path):
@@ -828,9 +894,12 @@ def test_the_best_adapter_is_kept(metric, run, inputs, tmp_path):
     evaluations = tiny.evaluations(tmp_path / "out")
     choose = min if metric == "loss" else max
     best = choose(evaluations, key=lambda row: row[f"eval_{metric}"])
-    expected = load_file(
-        tmp_path / "out" / f"checkpoint-{best['step']}" / "adapter_model.safetensors"
-    )
+    kept_step = best["step"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"the adapter is that of step {kept_step}, the best by held-out {metric}" in card
+    shown = [int(line.split()[0]) for line in card.splitlines() if "  held out, " in line]
+    assert shown == sorted({2, kept_step, 8})
+    expected = load_file(tmp_path / "out" / f"checkpoint-{kept_step}" / "adapter_model.safetensors")
     found = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -849,14 +918,206 @@ def test_early_stopping_stops_counts_on_after_a_resume_and_keeps_the_best(run, t
     steps = [row["step"] for row in tiny.evaluations(whole)]
     best = min(tiny.evaluations(whole), key=lambda row: row["eval_loss"])["step"]
     assert steps[-1] == best + 2 < 12
-    run(
-        functools.partial(send, at=best + 1, signals=[signal.SIGTERM]),
-        status=143,
-        load_best_model_at_end=True,
-        **settings,
-    )
-    run(load_best_model_at_end=True, **settings)
+    told = f"the adapter is that of step {best}, the best by held-out loss"
+    assert told in (whole / "README.md").read_text()
+    settings["load_best_model_at_end"] = True
+    term = functools.partial(send, at=best + 1, signals=[signal.SIGTERM])
+    run(term, status=143, output_dir=tmp_path / "elsewhere", **settings)
+    (tmp_path / "elsewhere").rename(tmp_path / "out")
+    run(**settings)
     same_result(tmp_path / "out", whole)
+    (tmp_path / "out").rename(tmp_path / "second")
+
+    # after the stop and before the adapter is saved; then after that
+    run(die_before_saving, status=-9, output_dir=tmp_path / "elsewhere", **settings)
+    (tmp_path / "elsewhere").rename(tmp_path / "out")
+    printed = run(die_before_samples, status=-9, **settings)
+    assert f"taking up the adapter in {tmp_path / 'out' / f'checkpoint-{best}'}\n" in printed
+    run(**settings)
+    same_result(tmp_path / "out", whole)
+    assert told in (tmp_path / "out" / "README.md").read_text()
+
+
+def die_before_saving(program):
+    program.save_adapter = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_before_samples(program):
+    program.show_samples = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def refuse_to_save(program):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model that was not trained here is not saved")
+
+    program.PreferenceTrainer.save_model = refuse
+
+
+def test_a_trained_run_is_taken_up_by_copying_its_adapter(run, finished, tmp_path):
+    run(die_before_saving, status=-9)
+    die = functools.partial(die_at_rename, name="adapter_config.json")
+    run(refuse_to_save, die, status=-9)
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    assert "checkpoint-12" in run(refuse_to_save)
+    same_result(tmp_path / "out", finished[0])
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+LEAPS = {"learning_rate": 0.2, "lr_scheduler_type": "constant", "metric_for_best_model": "loss"}
+
+
+@pytest.mark.parametrize("save_strategy", ["no", "best"])
+def test_a_trained_run_is_taken_up_at_its_last_step_whatever_the_checkpoints(
+    save_strategy, run, tmp_path
+):
+    settings = LEAPS | {"save_strategy": save_strategy, "eval_steps": 2, "max_steps": 7}
+    settings |= {"logging_steps": 5, "eval_delay": 2 if save_strategy == "best" else 99}
+    run(**settings)
+    whole = (tmp_path / "out").rename(tmp_path / "whole")
+    assert not (whole / "checkpoint-7").exists()
+    run(die_before_samples, status=-9, **settings)
+    run(refuse_to_save, **settings)
+    same_result(tmp_path / "out", whole)
+    assert "7 steps of" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_signal_in_a_step_that_is_not_the_best_is_saved_all_the_same(run, tmp_path):
+    """And the best one is found where the folder has been moved to, although none is saved since."""
+    settings = LEAPS | {"save_strategy": "best", "eval_steps": 1, "logging_steps": 5}
+    settings |= {"max_steps": 8, "load_best_model_at_end": True}
+    run(**settings)
+    whole = (tmp_path / "out").rename(tmp_path / "whole")
+    assert list(tiny.losses(whole)) == list(range(1, 9)), "a line at each evaluation"
+    best = min(tiny.evaluations(whole), key=lambda row: row["eval_loss"])["step"]
+    at = best + 1
+    assert at < 8
+    term = functools.partial(send, at=at, signals=[signal.SIGTERM])
+    printed = run(term, status=143, output_dir=tmp_path / "elsewhere", **settings)
+    assert f"saved at step {at};" in printed
+    (tmp_path / "elsewhere").rename(tmp_path / "out")
+    assert f"checkpoint-{at}" in run(**settings)
+    same_result(tmp_path / "out", whole)
+
+
+def test_a_signal_in_the_last_evaluation_is_saved_without_checkpoints_too(run, finished, tmp_path):
+    term = functools.partial(send_in_evaluation, at=12, number=signal.SIGTERM)
+    printed = run(term, tell_saves, status=143, save_strategy="no")
+    assert "saved at step 12;" in printed and printed.count("SAVES") == 1
+    assert (tmp_path / "out" / "checkpoint-12" / "manifest.json").exists()
+    assert "is trained already" in run(save_strategy="no")
+    same_result(tmp_path / "out", finished[0])
+
+
+def send_after_training(program, number):
+    finalize = program.PreferenceTrainer._finalize_training
+
+    def changed(self, *args):
+        os.kill(os.getpid(), number)
+        return finalize(self, *args)
+
+    program.PreferenceTrainer._finalize_training = changed
+
+
+def test_a_signal_too_late_for_a_checkpoint_waits_for_the_adapter(run, finished, tmp_path):
+    term = functools.partial(send_after_training, number=signal.SIGTERM)
+    run(term, save_strategy="no")
+    same_result(tmp_path / "out", finished[0])
+    assert (tmp_path / "out" / "README.md").exists()
+
+
+@pytest.mark.parametrize("greater", [True, False])
+def test_a_runaway_in_a_step_that_evaluates_is_saved(greater, run, tmp_path):
+    """Whether that step is the best, or not."""
+    settings = LEAPS | {"greater_is_better": greater, "save_strategy": "best", "eval_steps": 2}
+    printed = run(see_a_runaway_at_the_end, status=1, **settings)
+    assert "stopped and saved at step 4 of 12" in printed
+    assert (tmp_path / "out" / "checkpoint-4" / "manifest.json").exists()
+
+
+def run_with_workers(inputs, output, change, persistent):
+    """The program in an interpreter and a group of processes of its own, changed by name."""
+    flags = tiny.settings(*inputs, output, dataloader_num_workers=1)
+    flags += ["--dataloader_persistent_workers", str(persistent)]
+    code = (
+        f"import sys; sys.path[:0] = {[str(tiny.ROOT), str(tiny.ROOT / 'tests')]}\n"
+        "import dpotrainer, test_run\n"
+        f"test_run.{change}(dpotrainer)\n"
+        f"sys.exit(dpotrainer.run({list(map(str, flags))}))"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=tiny.environment(),
+        timeout=90,
+        start_new_session=True,
+    )
+
+
+def send_to_all():
+    """From outside: torch lets a worker end without a word if its parent sends it SIGTERM."""
+    code = f"import os; os.killpg({os.getpgrp()}, {int(signal.SIGTERM)})"
+    subprocess.run([sys.executable, "-c", code], start_new_session=True, check=True)
+    time.sleep(0.2)
+
+
+def send_to_all_in_training(program):
+    at_step(program, 3, lambda trainer: send_to_all())
+
+
+def send_to_all_in_evaluation(program):
+    prediction_step, sent = program.PreferenceTrainer.prediction_step, []
+
+    def changed(self, *args, **kwargs):
+        if not sent:
+            sent.append(send_to_all())
+        return prediction_step(self, *args, **kwargs)
+
+    program.PreferenceTrainer.prediction_step = changed
+
+
+def fail_in_training(program):
+    def fail(trainer):
+        raise ZeroDivisionError("a bug")
+
+    at_step(program, 3, fail)
+
+
+@pytest.mark.parametrize(
+    "change, step, persistent", [("training", 3, False), ("evaluation", 4, True)]
+)
+def test_a_signal_to_all_processes_leaves_the_workers_to_finish_the_step(
+    change, step, persistent, inputs, tmp_path
+):
+    """As a scheduler sends it; and the program ends although its workers ignore it."""
+    ended = run_with_workers(inputs, tmp_path / "out", f"send_to_all_in_{change}", persistent)
+    assert ended.returncode == 143 and f"saved at step {step};" in ended.stderr
+    assert "Traceback" not in ended.stderr and "is killed by signal" not in ended.stderr
+
+
+def test_workers_keep_no_program_that_failed(inputs, tmp_path):
+    """The last frames, and so the workers, live until the end of the interpreter."""
+    ended = run_with_workers(inputs, tmp_path / "out", "fail_in_training", persistent=True)
+    assert ended.returncode == 1 and "ZeroDivisionError: a bug" in ended.stderr
+    assert "is killed by signal" not in ended.stderr
+
+
+def tell_trainers(program):
+    """Print how many trainers are alive when merging reads its base."""
+    load = program.load_causal_lm
+
+    def told(*args, **options):
+        if options.get("quantize") is False:
+            alive = [thing for thing in gc.get_objects() if type(thing) is trainer_class]
+            print(f"TRAINERS {len(alive)}", flush=True)
+        return load(*args, **options)
+
+    trainer_class = program.PreferenceTrainer
+    program.load_causal_lm = told
+
+
+def test_merging_has_the_memory_of_training(run):
+    assert run(tell_trainers, merge=True, max_steps=2).count("TRAINERS 0") == 2
 
 
 # ----------------------------------------------------------------------------------------------------------- faults

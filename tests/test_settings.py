@@ -2,13 +2,15 @@
 
 import dataclasses
 import importlib.util
+import inspect
 import os
 import re
+import shutil
 import socket
-import stat
 import sys
 import time
 
+import huggingface_hub
 import pytest
 import tiny
 import torch
@@ -43,6 +45,7 @@ def surroundings(monkeypatch):
         raise AssertionError("reached for the network")
 
     monkeypatch.setattr(socket.socket, "connect", no_network)
+    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", lambda self: {"name": "me"})
 
 
 @pytest.fixture
@@ -468,7 +471,7 @@ def test_a_file_written_for_trl_works_and_keeps_its_batch(
     monkeypatch.setenv("DPO_TEST", "before")
     monkeypatch.setenv("WORLD_SIZE", str(world))
     monkeypatch.setattr(
-        dpotrainer, "make_job", lambda draft, _: draft
+        dpotrainer, "make_job", lambda draft: draft
     )  # a process group would be made
     values = TRL_FILE | {"model_name_or_path": str(inputs[0]), "dataset_name": str(inputs[1])}
     file = write_yaml(tmp_path / "trl.yaml", **values)
@@ -489,6 +492,38 @@ def test_a_mixture_of_data_sets_takes_the_place_of_the_constant(inputs, tmp_path
     only(refuse("--config", file), "flag --dataset_name, dataset_name=", "`datasets:`")
     only(refuse("--test_split_size", "0.1"), "test_split_size=0.1: ", "eval_pairs")
     only(refuse("--config", file, "--dataset_config", "x", good=NO_FLAGS), "dataset_config=x")
+
+
+def test_a_setting_under_its_old_and_its_new_name_is_refused(refuse, tmp_path):
+    file = write_yaml(
+        tmp_path / "my.yaml", gradient_checkpointing=True, activation_checkpointing=False
+    )
+    [line] = refuse("--config", file)
+    assert "gradient_checkpointing: activation_checkpointing is the same; leave one" in line
+
+
+@pytest.mark.parametrize(
+    "words, name",
+    [
+        (["--loss_type", "foo"], "loss_type=['foo']"),
+        (["--loss_type", "sigmoid", "foo"], "loss_type=['sigmoid', 'foo']"),
+        (["--loss_type", "exo_pair"], "loss_type=['exo_pair']"),
+        (["--loss_type", "aot", "--use_weighting"], "use_weighting=True"),
+        (["--datasets", "foo"], "datasets=foo: must be a mapping such as {path: "),
+    ],
+)
+def test_what_trl_would_find_after_the_weights_is_found_at_once(words, name, refuse):
+    only(refuse(*words), name)
+
+
+def test_every_loss_is_one_of_trl(read):
+    source = inspect.getsource(trl.DPOTrainer)
+    assert set(re.findall(r'loss_type == "(\w+)"', source)) == dpotrainer.LOSSES
+
+
+@pytest.mark.parametrize("name", ["global_batch_size", "gradient_accumulation_steps"])
+def test_a_batch_of_nothing_is_one_problem(name, refuse):
+    only(refuse(f"--{name}", "0"), f"{name}=0: must be above 0")
 
 
 def test_env_of_a_file_is_set_and_what_comes_too_late_is_said(tmp_path, read, monkeypatch, capsys):
@@ -701,6 +736,7 @@ CLASHES = [  # setting, flags that make it clash
     ("hub_revision", ["--hub_revision", "dev"]),
     ("hub_strategy", ["--push_to_hub", "--hub_strategy", "checkpoint"]),
     ("lora_dropout", ["--lora_dropout", "0.1"]),
+    ("lora_dropout", ["--lora_dropout", "0.05"]),
     ("precompute_ref_batch_size", ["--precompute_ref_batch_size", "8"]),
     ("ref_model_name_or_path", ["--ref_model_name_or_path", "some/model"]),
     ("resume_from_checkpoint", ["--resume_from_checkpoint", "out/checkpoint-7"]),
@@ -717,6 +753,34 @@ CLASHES = [  # setting, flags that make it clash
 )
 def test_settings_that_do_nothing_or_break_a_promise_are_refused(name, words, refuse):
     only(refuse(*words), f"{name}=")
+
+
+@pytest.mark.parametrize("option", ["model_name_or_path", "dataset_name"])
+def test_an_output_dir_that_holds_what_the_run_reads_is_refused(option, inputs, refuse, tmp_path):
+    """To move it aside, as the advice is there, would move that away."""
+    place = tmp_path / "work"
+    (place / "inner").mkdir(parents=True)
+    values = {"model_name_or_path": inputs[0], "dataset_name": inputs[1]}
+    source = place / "inner" / values[option].name
+    copy = shutil.copytree if values[option].is_dir() else shutil.copy
+    copy(values[option], source)
+    for folder in (place, place / "inner", *([source] if source.is_dir() else [])):
+        lines = refuse(f"--{option}", source, "--output_dir", folder)
+        only(lines, f"output_dir={folder}", f"holds {source}", "choose another")
+
+
+def test_an_upload_that_cannot_be_is_told_before_anything_costs(refuse, read, monkeypatch):
+    lines = refuse("--push_to_hub", "true", "--hub_model_id", "no good name")
+    only(lines, "push_to_hub=True", "no good name", "`hf upload`")
+
+    def refuse_token(self):
+        raise OSError("no token found.")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", refuse_token)
+    lines = refuse("--push_to_hub", "true")
+    only(lines, "push_to_hub=True: no token found; `hf auth login`", "`hf upload`")
+    monkeypatch.setenv("RANK", "1")
+    assert read("--push_to_hub", "true").training_args.push_to_hub, "one process asks"
 
 
 def test_what_a_launcher_shards_cannot_be_precomputed(refuse, read, monkeypatch):
@@ -929,9 +993,9 @@ def test_several_trackers_are_a_list_in_yaml_and_words_on_the_command_line(tmp_p
 def test_no_gpu_is_a_mistake_of_a_run_and_a_remark_of_a_dry_run(refuse, read, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("PATH", "")
-    only(refuse("--use_cpu", "false"), "no CUDA GPU here", "--config configs/quickstart.yaml")
+    only(refuse("--use_cpu", "false"), "no CUDA GPU for torch", "--config configs/quickstart.yaml")
     job = read("--use_cpu", "false", "--dry_run", "true", "--bf16", "true")
-    assert job.missing_gpu.startswith("no CUDA GPU here") and job.training_args.use_cpu
+    assert job.missing_gpu.startswith("no CUDA GPU for torch") and job.training_args.use_cpu
     # transformers would refuse it on a CPU
     assert read("--use_cpu", "false", "--dry_run", "true", "--tf32", "true").missing_gpu
     assert read("--dry_run", "true").missing_gpu == ""
@@ -939,34 +1003,18 @@ def test_no_gpu_is_a_mistake_of_a_run_and_a_remark_of_a_dry_run(refuse, read, mo
     only(lines, "beta=0")
 
 
-SMI = """\
-| NVIDIA-SMI 535.54.03              Driver Version: 535.54.03    CUDA Version: 12.2     |
-"""
-
-
-def test_a_driver_that_is_too_old_is_told_with_what_goes_with_it(refuse, monkeypatch, tmp_path):
+def test_why_there_is_no_gpu_is_told_in_the_words_of_torch(refuse, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    program = folder / "nvidia-smi"
-    program.write_text(f"#!/bin/sh\necho '{SMI}'\n")
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+    def fail():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020).")
+
+    monkeypatch.setattr(torch.cuda, "init", fail)
     only(
         refuse("--use_cpu", "false"),
-        "the driver, 535.54.03, runs CUDA 12 at most",
-        "13.0",
-        "--index-url https://",
+        f"torch {torch.__version__}: The NVIDIA driver on your system is too old (found version",
+        "--index-url https://download.pytorch.org/whl/cu126",
     )
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
-    only(refuse("--use_cpu", "false"), "torch.cuda.init()")
-    monkeypatch.setattr(torch.version, "cuda", None)
-    only(refuse("--use_cpu", "false"), "built for CPUs")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    only(refuse("--use_cpu", "false"), "CUDA_VISIBLE_DEVICES hides")
-    program.write_text("#!/bin/sh\necho No devices were found; exit 6\n")
-    only(refuse("--use_cpu", "false"), "no CUDA GPU here")
 
 
 def pretend_cuda(monkeypatch, gpus=1, bf16=True):
@@ -1003,7 +1051,6 @@ def test_several_gpus_but_one_process_is_refused(refuse, monkeypatch, dry_run):
     [
         (["--report_to", "wandb"], "wandb"),
         (["--report_to", "all", "trackio"], "trackio"),
-        (["--report_to", "tensorbord"], "tensorbord"),
         (["--load_in_4bit", "true"], "bitsandbytes"),
         (["--load_in_8bit", "true"], "bitsandbytes"),
         (["--optim", "paged_adamw_8bit"], "bitsandbytes"),
@@ -1014,6 +1061,26 @@ def test_a_missing_optional_package_is_named(words, package, refuse, monkeypatch
     monkeypatch.setattr(dpotrainer, "find_spec", lambda name: None)
     monkeypatch.setattr(dpotrainer, "get_available_reporting_integrations", list)
     only(refuse(*words), f"`pip install {package}`")
+
+
+def test_a_tracker_that_there_is_not_is_not_to_be_installed(refuse):
+    """Whatever may be in the index under a misspelt name."""
+    only(refuse("--report_to", "tensorbord"), "tensorbord is none of ", "tensorboard, ")
+
+
+def test_adam_of_torchao_does_not_ask_for_bitsandbytes(read, monkeypatch):
+    monkeypatch.setattr(dpotrainer, "find_spec", lambda name: None)
+    assert read("--optim", "adamw_torch_8bit").training_args.optim == "adamw_torch_8bit"
+
+
+def test_only_pins_of_the_file_beside_are_compared(tmp_path, capsys):
+    (tmp_path / "requirements.txt").write_text(
+        "# my project\nnumpy>=1.20\ntorch\n--hash==1\nyaml == 3\ndatasets==0.1\n"
+    )
+    program = edit_constants(tmp_path)
+    program.tell_other_versions()
+    told = capsys.readouterr().out
+    assert told.startswith("! datasets ") and told.count("(tested: ") == 1
 
 
 def test_a_library_of_another_version_is_told_in_one_line(read, monkeypatch, capsys):
@@ -1072,6 +1139,20 @@ def test_the_command_ends_with_status_2_and_the_help_with_0(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_package_that_is_asked_for_when_it_is_used_is_no_traceback(inputs, tmp_path, capsys):
+    flags = tiny.settings(*inputs, tmp_path / "out", optim="schedule_free_adamw")
+    assert dpotrainer.run(flags) == 2
+    said = capsys.readouterr().err
+    assert "dpotrainer: You need to install `schedulefree`" in said and "Traceback" not in said
+
+
+def test_settings_that_trl_refuses_itself_are_no_traceback(inputs, tmp_path, capsys):
+    changes = {"loss_type": "nca_pair", "f_divergence_type": "js_divergence"}
+    assert dpotrainer.run(tiny.settings(*inputs, tmp_path / "out", **changes)) == 2
+    said = capsys.readouterr().err
+    assert "dpotrainer: TRL refuses these settings: `f_divergence_type='js_divergence'`" in said
+
+
 def test_help_is_a_page_with_the_constants_and_what_is_ours(capsys):
     with pytest.raises(SystemExit) as ended:
         dpotrainer.read_settings(["--help"])
@@ -1084,10 +1165,13 @@ def test_help_is_a_page_with_the_constants_and_what_is_ours(capsys):
         assert f"--{field.name} " in page
 
 
-def test_help_all_has_every_setting(capsys):
+def test_help_all_has_every_setting_and_what_it_is_without_flags(capsys):
     with pytest.raises(SystemExit):
         dpotrainer.read_settings(["--help", "all"])
     page = capsys.readouterr().out
+    lines = " ".join(page.split())
+    assert f"(default: {dpotrainer.LEARNING_RATE})" in lines.rpartition("--learning_rate ")[2][:400]
+    assert f"(default: {dpotrainer.EVAL_PAIRS})" in lines.rpartition("--eval_pairs ")[2][:400]
     for field in all_fields():
         assert f"--{field.name}" in page
 

@@ -418,7 +418,7 @@ def test_attention_is_that_of_each_row_alone(name, window):
         torch.testing.assert_close(gradient, expected)
 
 
-@pytest.mark.parametrize("option", dpotrainer.UNKNOWN_TO_KERNELS)
+@pytest.mark.parametrize("option", dpotrainer.UNKNOWN_TO_PACKED)
 def test_attention_refuses_what_it_would_leave_out(option):
     _, _, layout = layout_of(random_pairs(2, seed=8))
     inputs = [torch.randn(1, 2, layout["input_ids"].shape[1], 8) for _ in range(3)]
@@ -484,6 +484,7 @@ def test_kernel_of_an_older_torch_is_asked_in_its_words(monkeypatch):
         return dpotrainer.attend_one_by_one(query, key, value, layout, None, None)
 
     monkeypatch.setattr(dpotrainer, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(dpotrainer, "KNOWS_WINDOWS", False)
     inputs = [torch.randn(layout["input_ids"].shape[1], heads, 8) for heads in (4, 2, 2)]
     query, key, value = inputs[0], inputs[1][layout["key_index"]], inputs[2][layout["key_index"]]
     ours = dpotrainer.attend_with_kernel(query, key, value, layout, None, 8**-0.5)
