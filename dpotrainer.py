@@ -654,7 +654,7 @@ def convert(value: Any, hint: Any) -> Any:
     is_number = isinstance(value, (int, float, str)) and not isinstance(value, bool)
     if isinstance(value, list) and list in kinds:
         return [convert(item, kinds[list][0]) for item in value]
-    if isinstance(value, dict) and DatasetConfig in kinds:
+    if isinstance(value, dict) and DatasetConfig in kinds and isinstance(value.get("path"), str):
         return DatasetConfig(**value)
     if type(value) in kinds or value in kinds.get(Literal, ()):
         return value
@@ -825,7 +825,9 @@ UPLOAD_LATER = "or leave push_to_hub out and upload the folder later with `hf up
 def check_upload(draft: Draft) -> None:
     """A name and a token for push_to_hub, while nothing has been paid for."""
     values = draft.values
-    if not values["push_to_hub"] or not values["output_dir"] or not is_main_process():
+    # once on each host: processes of another host would wait for one that has ended
+    is_first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not values["push_to_hub"] or not values["output_dir"] or not is_first_of_host:
         return
     try:
         name = name_repository(values["hub_model_id"], values["output_dir"])
@@ -863,18 +865,26 @@ LOSSES = set(
     "apo_down discopop sft sigmoid_norm".split()
 )
 SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}  # losses that know label_smoothing
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+# losses that know other divergences than reverse_kl
+DIVERGING = set("sigmoid sigmoid_norm hinge ipo exo_pair robust discopop sft".split())
 
 
 def check_loss(draft: Draft) -> None:
     """Losses that there are not, and what TRL would refuse them with after the weights are read."""
     values = draft.values
     losses = set(values["loss_type"])
-    if not losses <= LOSSES:
+    if not losses or not losses <= LOSSES:
         draft.refuse("loss_type", f"must be of {', '.join(sorted(LOSSES))}")
     if "exo_pair" in losses and not values["label_smoothing"]:
         draft.refuse("loss_type", "exo_pair needs a label_smoothing such as 0.001")
     if values["label_smoothing"] and not SMOOTHED & losses:
         draft.refuse("label_smoothing", "loss_type ignores it; use robust, or leave it out")
+    divergence = values["f_divergence_type"]
+    if divergence not in DIVERGENCES:
+        draft.refuse("f_divergence_type", f"must be one of {', '.join(DIVERGENCES)}")
+    elif divergence != "reverse_kl" and not losses <= DIVERGING:
+        draft.refuse("f_divergence_type", f"is for {', '.join(sorted(DIVERGING))} alone")
     if values["use_weighting"] and losses & {"aot", "aot_unpaired"}:
         draft.refuse("use_weighting", "aot sorts the pairs, which would misalign their weights")
 
@@ -986,11 +996,15 @@ def explain_missing_gpu() -> str:
         torch.cuda.init()
     except (AssertionError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-    return (
-        f"no CUDA GPU for torch {torch.__version__}: {reason}; `pip install torch --index-url "
-        "https://download.pytorch.org/whl/cu126` brings a build for drivers of CUDA 12, and "
-        "`python dpotrainer.py --config configs/quickstart.yaml` runs anywhere"
-    )
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        reason = "CUDA_VISIBLE_DEVICES hides them"
+    elif "too old" in reason or torch.version.cuda is None:
+        reason += (
+            "; https://pytorch.org/get-started/previous-versions lists builds for older drivers, "
+            "such as `pip install torch --index-url https://download.pytorch.org/whl/cu126`"
+        )
+    advice = "`python dpotrainer.py --config configs/quickstart.yaml` runs anywhere"
+    return f"no CUDA GPU for torch {torch.__version__}: {reason}; {advice}"
 
 
 def tell_other_versions() -> None:
@@ -1139,6 +1153,8 @@ def read_splits(job: Job, source: str) -> tuple[dict[str, Dataset], list[str]]:
             found = trl.get_dataset(dataclasses.replace(job.mixture_args, test_split_size=None))
         else:
             found = read_source(job.script_args.dataset_name, job.script_args.dataset_config)
+    except UserError as error:
+        raise UserError(f"dataset_name={source} cannot be read: {error}") from error
     except Exception as error:  # the network's, the hub's, arrow's, pandas'
         if is_disk_full(error):
             raise
@@ -1152,33 +1168,55 @@ def read_source(name: str, config: str | None) -> dict[str, Dataset]:
     if not path.exists():
         check_hub(name)
         return datasets.load_dataset(name, config)
+    pattern = glob.escape(name)  # a bracket in a name would be a pattern
     is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
-    if config is not None and (is_saved or path.is_file()):
-        raise ValueError(f"dataset_config={config} chooses nothing there; leave it out")
+    if config is not None and (is_saved or path.is_file() or pattern != name):
+        raise UserError(f"dataset_config={config} chooses nothing there; leave it out")
     if (path / "dataset_dict.json").exists():
         return datasets.load_from_disk(name)
     if (path / "state.json").exists():
         return {"train": datasets.load_from_disk(name)}
-    files = [path, *sorted(path.rglob("*.*"))]
-    files = [file for file in files if find_ending(file) in READERS]
-    files = [file for file in files if not file.name.startswith("dataset_info")]  # of `datasets`
-    if not files:
-        raise ValueError(f"no file ends in {', '.join(READERS)} (or .gz)")
+    files = find_files(name, config)
     endings = {find_ending(file) for file in files}
     readers = {READERS[ending] for ending in endings}
     if len(readers) > 1 or {".csv", ".tsv"} <= endings:
         told = ", ".join(sorted(endings))
-        raise ValueError(f"it holds files of several kinds, {told}; name one, or move the others")
+        raise UserError(f"it holds files of several kinds, {told}; name one, or move the others")
     [reader] = readers
     options = {}
     if reader == "csv":
         options = read_as_text(files)
-    pattern = glob.escape(name)  # a bracket in a name would be a pattern
     if path.is_file():
         return datasets.load_dataset(reader, data_files=pattern, **options)
     if pattern != name:
         return datasets.load_dataset(reader, data_dir=pattern, **options)
     return datasets.load_dataset(name, config, **options)
+
+
+def find_files(name: str, config: str | None) -> list[Path]:
+    """A file, or those in a folder that are read for pairs; UserError where there is none."""
+    path = Path(name)
+    files = [path]
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("*.*")) if not is_hidden(file, path)]
+    files = [file for file in files if find_ending(file) in READERS]
+    files = [file for file in files if not file.name.startswith("dataset_info")]  # of `datasets`
+    if not files:
+        raise UserError(f"no file ends in {', '.join(READERS)} (or .gz)")
+    if path.is_file() or glob.escape(name) != name:
+        return files
+    # `datasets` goes by the names of splits, or by what a README says
+    splits = datasets.load_dataset_builder(name, config).config.data_files.values()
+    chosen = {Path(file).resolve() for split in splits for file in split}
+    unread = [file.name for file in files if file.resolve() not in chosen]
+    if unread:
+        say(*wrap("!", f"files that are not read: {', '.join(unread)}"))
+    return [file for file in files if file.resolve() in chosen]
+
+
+def is_hidden(file: Path, folder: Path) -> bool:
+    """Whether `datasets` passes a file in a folder over."""
+    return any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
 
 
 def find_ending(path: Path) -> str:
@@ -1194,15 +1232,15 @@ def read_as_text(files: list[Path]) -> dict:
         separator = ";"
         names = read_names(files[0], separator)
     for path in files:
-        if read_names(path, separator) != names:
-            raise ValueError(f"{path.name} and {files[0].name} have different columns")
+        if sorted(read_names(path, separator)) != sorted(names):
+            raise UserError(f"{path.name} and {files[0].name} have different columns")
     features = datasets.Features({name: datasets.Value("string") for name in names})
     options = {"sep": separator, "keep_default_na": False, "features": features}
     # pandas would read on to the next quote, over whole rows
     stray = find_stray_quote(files, separator)
-    if stray and separator != "\t":
-        raise ValueError(f"{stray}; a quote inside a cell is written twice")
     if stray:
+        if separator != "\t" or not all(is_without_quoting(path, names) for path in files):
+            raise UserError(f"{stray}; a quote inside a cell is written twice")
         options["quoting"] = csv.QUOTE_NONE
     return options
 
@@ -1218,8 +1256,8 @@ def open_file(path: Path, mode: str = "rt") -> Any:
 def read_names(path: Path, separator: str) -> list[str]:
     """The columns of a table."""
     with open_file(path) as file:
-        head = next((line for line in file if line.strip()), "")
-    return list(pd.read_csv(io.StringIO(head), sep=separator).columns)
+        rows = csv.reader(file, delimiter=separator)
+        return next((row for row in rows if row), [])
 
 
 def find_stray_quote(files: list[Path], separator: str) -> str:
@@ -1234,6 +1272,13 @@ def find_stray_quote(files: list[Path], separator: str) -> str:
             except csv.Error as error:
                 return f"{path.name}, line {reader.line_num}: {error}"
     return ""
+
+
+def is_without_quoting(path: Path, names: list[str]) -> bool:
+    """Whether each line of a tsv is a row: no cell has a line break or a tab in quotes."""
+    with open_file(path) as file:
+        tabs = {line.count("\t") for line in file if line.strip()}
+    return tabs == {len(names) - 1}
 
 
 def check_hub(name: str) -> None:
@@ -1520,7 +1565,7 @@ def read_turn(turn: Any) -> dict:
         calls = read_json(name, turn["content"])
         if isinstance(calls, dict):
             calls = [calls]
-        if not isinstance(calls, list):
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
             raise ValueError(f"function_call must hold a call as JSON, not {turn['content']!r}")
         turn["tool_calls"] = [{"type": "function", "function": call} for call in calls]
         turn["content"] = ""
@@ -1557,6 +1602,7 @@ def read_pair(cells: dict) -> Pair:
     may_be_unreadable = has_prompt or (is_conversation(chosen) and is_conversation(rejected))
     conversation = read_conversation(cells.get("conversation"), may_be_unreadable, remarks)
     if not has_prompt and conversation:
+        end_transcript(conversation, [chosen, rejected])
         asked = conversation
     for answer in (chosen, rejected):  # what was asked may go on to an answer
         if answer and asked[-len(answer) :] == answer:
@@ -1678,10 +1724,12 @@ class PairPreparer:
         sample: list[dict],  # the first rows
     ) -> None:
         # nothing else of the job, so that other settings leave the cache valid
-        needs_template = {"system", "tools", "chat_template_kwargs"} & columns.keys()
-        self.makes_chats = job.settings.chat_strings or (
-            bool(needs_template) and tokenizer.chat_template is not None
-        )
+        needs_template = "system" in columns
+        for name in ("tools", "chat_template_kwargs"):
+            if name in columns and is_filled(sample, columns[name]):
+                needs_template = True
+        has_template = tokenizer.chat_template is not None
+        self.makes_chats = job.settings.chat_strings or (needs_template and has_template)
         self.max_length = job.training_args.max_length or sys.maxsize
         self.tokenizer = tokenizer
         self.columns = columns
@@ -2103,6 +2151,8 @@ def find_source(name: str, revision: str | None) -> Source:
     except KeyError as error:
         told = f"{name}: PEFT {peft.__version__} knows no adapter of peft_type={error}"
         raise UserError(f"{told}; start from its base, or from a LoRA") from error
+    except TypeError as error:
+        raise UserError(f"{name}: its adapter_config.json is none of PEFT's: {error}") from error
     if not adapter.base_model_name_or_path:
         raise UserError(
             f"{name}: its adapter_config.json names no base_model_name_or_path; write there which "
@@ -2123,17 +2173,18 @@ def load_config(source: Source) -> transformers.PretrainedConfig:
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; that of the base where SFT has saved the adapter alone."""
-    try:
-        return AutoTokenizer.from_pretrained(
-            source.name, revision=source.revision, trust_remote_code=False
-        )
-    except (OSError, ValueError):
-        if source.adapter is None:
-            raise
-    say(f"! {source.name}: no tokenizer can be read; that of its base is used")
-    return AutoTokenizer.from_pretrained(
-        source.base_name, revision=source.base_revision, trust_remote_code=False
+    name = source.name
+    revision = source.revision
+    own_config = transformers.utils.cached_file(
+        name,
+        "tokenizer_config.json",
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
     )
+    if source.adapter is not None and own_config is None:
+        name = source.base_name
+        revision = source.base_revision
+    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
 
 
 def count_positions(config: transformers.PretrainedConfig) -> float:
@@ -2480,24 +2531,19 @@ def build_trainer(
         if proven.is_used:
             collator_class = SharedPrefixCollator
 
-    try:
-        trainer = PreferenceTrainer(
-            model=policy,
-            # None: the policy itself, with its adapter switched off or as it was at the start
-            ref_model=reference,
-            # a DPOConfig: beta, loss_type, bf16, gradient_checkpointing, ...
-            args=prepare_for_trainer(job, preferences),
-            train_dataset=preferences.train,
-            eval_dataset=preferences.held_out,
-            processing_class=start.tokenizer,
-            peft_config=lora,
-            data_collator=collator_class(
-                start.tokenizer.pad_token_id, job.training_args.max_length
-            ),
-            compute_metrics=functools.partial(average_pairs, beta=job.training_args.beta),
-        )
-    except (ValueError, NotImplementedError) as error:  # what TRL finds wrong with the settings
-        raise UserError(f"TRL refuses these settings: {first_line(error)}") from error
+    trainer = PreferenceTrainer(
+        model=policy,
+        # None: the policy itself, with its adapter switched off or as it was at the start
+        ref_model=reference,
+        # a DPOConfig: beta, loss_type, bf16, gradient_checkpointing, ...
+        args=prepare_for_trainer(job, preferences),
+        train_dataset=preferences.train,
+        eval_dataset=preferences.held_out,
+        processing_class=start.tokenizer,
+        peft_config=lora,
+        data_collator=collator_class(start.tokenizer.pad_token_id, job.training_args.max_length),
+        compute_metrics=functools.partial(average_pairs, beta=job.training_args.beta),
+    )
     if not is_deepspeed():
         undo_rounding(trainer.model, start.source)
     if job.training_args.torch_compile:
@@ -2896,9 +2942,14 @@ def build_without_weights(job: Job, start: Start) -> peft.PeftModel:
             model = AutoModelForCausalLM.from_config(
                 start.config, dtype=job.model_args.dtype, trust_remote_code=False
             )
-            return peft.get_peft_model(model, choose_lora(job, start))
+            policy = peft.get_peft_model(model, choose_lora(job, start))
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"{start.source.base_name} cannot be built: {first_line(error)}") from error
+    modules = [name for name, _ in policy.named_modules()]
+    for wanted in job.model_args.lora_modules_to_save or []:
+        if not any(name.endswith(f".{wanted}") for name in modules):  # PEFT says nothing
+            raise UserError(f"lora_modules_to_save={wanted}: the model has no such module")
+    return policy
 
 
 def choose_lora(job: Job, start: Start) -> peft.PeftConfig:
@@ -3115,7 +3166,7 @@ def estimate_memory(
     bits = count_bits(job, start.config)
     quantises = job.model_args.load_in_4bit or job.model_args.load_in_8bit
     layer_shards = shards
-    # accelerate does not shard 4-bit weights that are stored as bytes
+    # accelerate does not shard quantised weights that are stored as bytes
     if quantises and job.model_args.bnb_4bit_quant_storage in (None, "uint8"):
         layer_shards = 1
     for weight in policy.parameters():

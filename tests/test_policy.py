@@ -198,9 +198,25 @@ def test_an_adapter_is_not_merged_into_a_quantised_base(base, train, tmp_path):
 
 def test_an_adapter_without_a_tokenizer_takes_its_base_s(sft, data, train, tmp_path):
     bare = shutil.copytree(sft, tmp_path / "bare", ignore=shutil.ignore_patterns("token*", "chat*"))
-    output, printed = train(bare, "b", max_steps=2)
-    assert f"! {bare}: no tokenizer can be read; that of its base is used" in printed
+    output, _ = train(bare, "b", max_steps=2)
     close(train(sft, "a", max_steps=2)[0], output, 0)
+
+
+def test_an_adapter_s_damaged_tokenizer_is_not_replaced(sft, train, tmp_path):
+    """Tokens that SFT has added would be lost."""
+    damaged = shutil.copytree(sft, tmp_path / "damaged")
+    tokenizer = damaged / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text(encoding="utf-8")[:1000], encoding="utf-8")
+    _, printed = train(damaged, status=2)
+    assert f"model_name_or_path={damaged}: no tokenizer: " in printed
+
+
+@pytest.mark.parametrize("content", ["[]", '{"r": 8}'])
+def test_an_adapter_config_of_something_else_is_refused(content, sft, train, tmp_path):
+    odd = shutil.copytree(sft, tmp_path / "odd")
+    (odd / "adapter_config.json").write_text(content)
+    _, printed = train(odd, status=2)
+    assert "its adapter_config.json " in printed and "Traceback" not in printed
 
 
 def test_an_adapter_on_the_hub_without_a_tokenizer_takes_its_base_s(base, monkeypatch):

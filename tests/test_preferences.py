@@ -406,6 +406,9 @@ def test_the_blank_after_a_transcript_is_not_of_the_answer(tokenizer, tmp_path):
     expected = load(tmp_path, [whole], tokenizer)[0]
     assert shown(tokenizer, expected[0])[1] == "yes<|im_end|>\n"
     assert load(tmp_path, [row], tokenizer)[0] == expected
+    # nor where the transcript is in a column of conversations
+    other = {"conversation": row["prompt"], "chosen": " yes", "rejected": " no"}
+    assert load(tmp_path, [other], tokenizer)[0] == expected
     # a column of messages beside it does not take the place of the prompt
     row["messages"] = [user("q"), assistant("in other words")]
     assert load(tmp_path, [row], tokenizer)[0] == expected
@@ -977,15 +980,59 @@ def test_a_folder_of_csv_files_reads_as_a_file_does(tokenizer, tmp_path):
         assert shown(tokenizer, pairs[2])[1] == "3<|im_end|>\n"
 
 
-def test_a_folder_of_several_kinds_is_refused(tokenizer, tmp_path):
+def test_of_a_folder_of_several_kinds_what_is_not_read_is_told(tokenizer, tmp_path, capsys):
     rows = [pair(f"q{i}", "a", "b") for i in range(4)]
-    write(tmp_path, rows, "pairs.jsonl")
+    write(tmp_path, rows[:2], "a.jsonl")
+    write(tmp_path, rows[2:], "b.jsonl")
     (tmp_path / "dataset_infos.json").write_text("{}")
     (tmp_path / "README.md").write_text("what this is\n")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "x.csv").write_text("a,b\n1,2\n")
     assert len(load_file(tmp_path, tokenizer)[0]) == 4
+    assert "not read" not in capsys.readouterr().out
     (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(dpotrainer.UserError, match=r"several kinds, \.csv, \.jsonl; name one"):
-        load_file(tmp_path, tokenizer)
+    assert len(load_file(tmp_path, tokenizer)[0]) == 4
+    assert "! files that are not read: notes.csv" in capsys.readouterr().out
+
+
+def test_a_folder_of_several_kinds_whose_name_is_a_pattern_is_refused(tokenizer, tmp_path):
+    folder = tmp_path / "a[1]"
+    folder.mkdir()
+    write(folder, [pair("another", "a", "b", row=1), {"other": "keys"}], "more.json")
+    write(folder, [pair("q", "a", "b")], "pairs.jsonl")
+    (folder / "notes.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(dpotrainer.UserError, match=r"several kinds, \.csv, \.json, \.jsonl; name"):
+        load_file(folder, tokenizer)
+
+
+def test_files_beside_those_of_the_splits_are_told(tokenizer, tmp_path, capsys):
+    rows = [pair(f"q{i}", "a", "b") for i in range(4)]
+    write(tmp_path, rows, "train.jsonl")
+    write(tmp_path, rows, "test.jsonl")
+    (tmp_path / "stats.csv").write_text("a,b\n1,2\n")
+    found = dpotrainer.load_preferences(make_job(tmp_path), tokenizer)
+    assert (len(found.train), len(found.held_out)) == (4, 4)
+    assert "! files that are not read: stats.csv" in capsys.readouterr().out
+
+
+def test_a_folder_is_read_as_its_readme_says(tokenizer, tmp_path):
+    configs = [
+        {"config_name": name, "data_files": [{"split": "train", "path": f"{name}.csv"}]}
+        for name in ("x", "y")
+    ]
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    (tmp_path / "x.csv").write_text("prompt,chosen,rejected\nq,007,b\n")
+    (tmp_path / "y.csv").write_text("id,prompt,chosen,rejected\n1,q,a,b\n1,q,c,d\n")
+    more = {"chat_strings": True, "script": {"dataset_config": "x"}}
+    [read], _ = load_file(tmp_path, tokenizer, **more)
+    assert shown(tokenizer, read)[1] == "007<|im_end|>\n"
+
+
+def test_columns_of_two_tables_may_be_in_another_order(tokenizer, tmp_path):
+    (tmp_path / "train.csv").write_text('"prompt",chosen,rejected\nq,a,b\n')
+    (tmp_path / "test.csv").write_text("rejected,prompt,chosen\nb,q,a\n")
+    found = dpotrainer.load_preferences(make_job(tmp_path, chat_strings=True), tokenizer)
+    assert [*found.train] == [*found.held_out]
 
 
 def test_tables_with_different_separators_or_columns_are_refused(tokenizer, tmp_path):
@@ -1046,6 +1093,19 @@ def test_a_tsv_with_quoting_loses_its_quotes(tokenizer, tmp_path):
     pairs, _ = load_file(tmp_path / "pairs.tsv", tokenizer, chat_strings=True)
     assert len(pairs) == 2
     assert shown(tokenizer, pairs[0])[1] == 'one\n"two"\t3<|im_end|>\n'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'prompt\tchosen\trejected\na\tb\t"l1\nl2"\nd\t"b" x\tc\n',  # lines are not rows
+        'prompt\tchosen\trejected\na\t"b\tx"\tc\nd\t"b" x\tc\n',
+    ],
+)
+def test_a_tsv_with_and_without_quoting_is_refused(text, tokenizer, tmp_path):
+    (tmp_path / "pairs.tsv").write_text(text)
+    with pytest.raises(dpotrainer.UserError, match="a quote inside a cell is written twice"):
+        load_file(tmp_path / "pairs.tsv", tokenizer)
 
 
 @pytest.mark.parametrize("cell", ['"Well" is a word', '"Bye now'])
@@ -1356,6 +1416,8 @@ def test_tools_beside_plain_text_make_a_chat(qwen, tmp_path):
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     expected = load(tmp_path, [pair("q", "a", "b", tools=tools)], qwen)[0]
     assert load(tmp_path, [text_row(tools=tools)], qwen)[0] == expected
+    _, report = load(tmp_path, [text_row(tools=None)], qwen)  # an empty column makes none
+    assert "plain text without the chat template" in report
 
 
 @pytest.mark.parametrize(
@@ -1365,6 +1427,10 @@ def test_tools_beside_plain_text_make_a_chat(qwen, tmp_path):
         (
             {"prompt": [user("q"), {"role": "function_call", "content": ""}, user("p")]},
             "row 1: function_call must hold a call as JSON, not ''",
+        ),
+        (
+            {"prompt": [user("q"), {"role": "function_call", "content": "[1]"}, user("p")]},
+            "row 1: function_call must hold a call as JSON, not '[1]'",
         ),
     ],
 )

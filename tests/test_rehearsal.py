@@ -114,11 +114,16 @@ def test_what_would_fail_later_is_refused_by_name(name, rehearse):
     assert "rehearsed " not in printed
 
 
+def test_a_module_to_save_that_there_is_not_is_refused(rehearse):
+    told = "dpotrainer: lora_modules_to_save=no_such_head: the model has no such module\n"
+    assert told in rehearse(status=2, lora_modules_to_save="no_such_head")
+    assert "rehearsed  in" in rehearse(lora_modules_to_save="lm_head")
+
+
 def test_one_setting_is_named_where_a_message_has_its_name_or_value(rehearse):
     for changes, meant in (
         ({"adam_beta1": 2}, "flag --adam_beta1 (2.0)"),  # "Invalid beta parameter ...: 2.0"
         ({"dataloader_num_workers": -1}, "flag --dataloader_num_workers (-1)"),  # "num_workers"
-        ({"f_divergence_type": "kl"}, "flag --f_divergence_type (kl)"),
     ):
         assert rehearse(status=2, **changes).endswith(f"\n  it may mean {meant}\n")
 
