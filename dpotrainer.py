@@ -4738,6 +4738,7 @@ def train_policy(trainer: PreferenceTrainer, job: Job, preferences: Preferences)
     if is_main_process():
         write_settings(job, preferences)  # from here on, the folder is this run's
     trained_in = load_trained(trainer, checkpoint)
+    trainer.accelerator.wait_for_everyone()  # until all have looked: an adapter may be placed next
     report = Report(trainer, job)
     if trained_in is None:
         train_from(checkpoint, trainer, job, report)
