@@ -809,7 +809,7 @@ def check_places(draft: Draft) -> None:
 def check_output(draft: Draft) -> None:
     """An output_dir that holds what the run reads: `overwrite` would move that away."""
     folder = Path(draft.values["output_dir"] or ".").resolve()
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # of Path, it raises an error where it may not look
         return
     names = ("model_name_or_path", "ref_model_name_or_path", "dataset_name")
     sources = [draft.values[name] for name in names]
@@ -4323,7 +4323,7 @@ def save_report(trainer: PreferenceTrainer, job: Job, start: Start, report: Repo
         is_quantised = getattr(start.config, "quantization_config", None) is not None
         can_be_merged = not is_quantised and not is_sharded()
         if can_be_merged and not job.settings.merge:
-            say("`--merge true` with the same command also writes the merged model")
+            say("`--merge true` with the same command, without overwrite, also merges it")
         card = make_card(job, start, trainer.state.global_step, summary)
         write_file(folder / CARD, card.encode())
     trainer.accelerator.wait_for_everyone()
@@ -4527,7 +4527,7 @@ def find_differences(job: Job, preferences: Preferences) -> list[str]:
     for name in sorted((there.keys() | here.keys()) - may_change):
         if there.get(name) != here.get(name):
             differences.append(f"{name}: {there.get(name)} there, {here.get(name)} here")
-    for name in made_there.keys() & made_here.keys():  # an older file may lack one
+    for name in sorted(made_there.keys() & made_here.keys()):  # an older file may lack one
         if made_there[name] != made_here[name]:
             told = MADE_FROM[name].format(there=made_there[name], here=made_here[name])
             differences.append(told)
@@ -4560,6 +4560,7 @@ def open_output(job: Job, preferences: Preferences) -> Iterator[bool]:
     folder = Path(job.training_args.output_dir).resolve()  # a link to another disk stays one
     state = job.training_args.distributed_state
     refuse_other_run(job, preferences)  # all processes, so that none waits for one that ended
+    state.wait_for_everyone()  # until all have looked: what is there may be moved next
     with contextlib.ExitStack() as held:
         if is_main_process():
             folder.mkdir(parents=True, exist_ok=True)
@@ -4579,11 +4580,15 @@ def open_output(job: Job, preferences: Preferences) -> Iterator[bool]:
 
 
 def move_aside(folder: Path) -> Path:
-    """Move what a folder holds, but for its lock, into a new folder beside it."""
+    """Move what a folder holds, but for its lock, into a new folder beside it.
+
+    What says that a run is there, and finished, goes last: an interruption leaves it what it was.
+    """
     aside = folder.with_name(f"{folder.name}-old-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
         aside.mkdir()
-        for path in list(folder.iterdir()):
+        last = ("settings.yaml", CARD)
+        for path in sorted(folder.iterdir(), key=lambda path: path.name in last):
             if path.name != ".lock":
                 shutil.move(path, aside)  # copies where the folder is a mount of its own
     except OSError as error:
@@ -4890,7 +4895,9 @@ def push_run(job: Job) -> None:
         )
     except Exception as error:  # of the hub or of the network; they have no class in common
         told = f"push_to_hub=true, {name}: {first_line(error)}"
-        advice = f"the run is finished, the same command uploads it; {UPLOAD_LATER}"
+        advice = (
+            f"the run is finished, the same command without overwrite uploads it; {UPLOAD_LATER}"
+        )
         raise UserError(f"{told}; {advice}", status=1) from error
     say(f"uploaded to {repository}")
 

@@ -388,6 +388,18 @@ def without_lock(folder):
     return {name: digest for name, digest in tiny.tree(folder).items() if name != ".lock"}
 
 
+def test_what_says_that_a_run_is_there_and_finished_is_moved_last(tmp_path, monkeypatch):
+    """So an interrupted move leaves the run that it was."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name in ("settings.yaml", "README.md", "metrics.jsonl", "adapter_config.json", "a.txt"):
+        (folder / name).touch()
+    moved = []
+    monkeypatch.setattr(dpotrainer.shutil, "move", lambda path, aside: moved.append(path.name))
+    dpotrainer.move_aside(folder)
+    assert len(moved) == 5 and set(moved[3:]) == {"settings.yaml", "README.md"}
+
+
 def test_overwrite_moves_the_old_run_aside(run, stopped, tmp_path):
     shutil.copytree(stopped, tmp_path / "out")
     run(max_steps=2, beta=0.2, overwrite=True)
