@@ -308,7 +308,6 @@ CONSTANT_NAMES = {  # constants of the file, and the settings that they are
 OUR_DEFAULTS = {  # where a good run differs from TRL's defaults
     "use_peft": True,
     "lora_target_modules": ["all-linear"],
-    "lora_dropout": 0.0,
     "use_bnb_nested_quant": True,
     "eval_strategy": "steps",
     "save_total_limit": 2,
@@ -375,7 +374,6 @@ NEEDS = {  # settings that have no effect unless another one has this value
     "hub_model_id": ("push_to_hub", True),
     "hub_private_repo": ("push_to_hub", True),
     "hub_revision": ("push_to_hub", True),
-    "lora_dropout": ("disable_dropout", False),
     "precompute_ref_batch_size": ("precompute_ref_log_probs", True),
     "ref_model_name_or_path": ("reference", "copy"),
 }
@@ -896,6 +894,9 @@ def check_combinations(draft: Draft) -> None:
         draft.refuse("dataset_name", "there are `datasets:` too; leave one out")
     if values["dataset_config"] and values["datasets"]:
         draft.refuse("dataset_config", "is the `name:` of one of the `datasets:`")
+    # not one of NEEDS: TRL's default, 0.05, would be taken for one that was not given
+    if values["lora_dropout"] and values["disable_dropout"]:
+        draft.refuse("lora_dropout", "has no effect; add `disable_dropout: false`")
     if values["test_split_size"] and not values["datasets"]:
         draft.refuse("test_split_size", "is for `datasets:`; use eval_pairs")
     if values["save_total_limit"] is not None and values["save_total_limit"] < 2:
@@ -946,14 +947,20 @@ def derive_batch(draft: Draft) -> None:
     )
 
 
+OF_BITSANDBYTES = (
+    "bnb|paged|lion|ademamix|(?<!torch_)8bit"  # its optimizers; torch_8bit is torchao's
+)
+
+
 def check_packages(draft: Draft) -> None:
     """Packages that are not in requirements.txt, because few need them."""
     values = draft.values
+    wanting = [name for name in ("load_in_4bit", "load_in_8bit") if values[name]]
+    if re.search(OF_BITSANDBYTES, str(values["optim"])):
+        wanting.append("optim")
     if find_spec("bitsandbytes") is None:
-        for name in ("load_in_4bit", "load_in_8bit", "optim"):
-            is_other = str(values[name]).startswith("adamw_torch")  # torchao's
-            if re.search("True|bnb|paged|lion|ademamix|8bit", str(values[name])) and not is_other:
-                draft.refuse(name, "needs `pip install bitsandbytes`")
+        for name in wanting:
+            draft.refuse(name, "needs `pip install bitsandbytes`")
     trackers = values["report_to"]
     if isinstance(trackers, str):
         trackers = [trackers]
@@ -2349,6 +2356,10 @@ def check_pairs(job: Job, start: Start, preferences: Preferences) -> None:
         needs_evaluation = "eval_on_start=True"
     if needs_evaluation and preferences.held_out is None:
         raise UserError(f"{needs_evaluation}: no pairs are held out for it; set eval_pairs")
+    metric = args.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in HELD_OUT_METRICS:
+        known = ", ".join(HELD_OUT_METRICS)
+        raise UserError(f"metric_for_best_model={metric}: must be one of {known}")
     if args.max_length is not None:  # it was compared when it was read
         return
     splits = [preferences.train]
@@ -2842,6 +2853,21 @@ class PreferenceTrainer(DPOTrainer):
             self.processing_class.save_pretrained(output_dir)
 
 
+HELD_OUT_METRICS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "rewards/accuracies_low",
+    "rewards/accuracies_high",
+    "logps/chosen",
+    "logps/rejected",
+    "nats_per_token/chosen",
+    "nats_per_token/rejected",
+)  # what average_pairs finds
+
+
 def average_pairs(scored: transformers.EvalPrediction, beta: float) -> dict[str, float]:
     """Means over the held-out pairs, each counted once; `scored.predictions` is {score: (N,)}, as
     PreferenceTrainer.prediction_step names them.
@@ -2912,10 +2938,10 @@ def print_plan(job: Job, start: Start, preferences: Preferences, sharing: "Shari
 
     No weight is read: shapes are enough to count weights, operations and memory.
     """
+    policy = build_without_weights(job, start)  # all processes refuse it, none waits for another
     if not is_main_process():
         return
     args = job.training_args
-    policy = build_without_weights(job, start)
     passes = plan_passes(args, preferences, sharing)
     pairs = len(preferences.train)
     steps = count_steps(job, pairs)
@@ -3526,7 +3552,6 @@ def run_with_trl(
 
 REHEARSED_PAIRS = 8
 REHEARSED_TOKENS = 16  # of a prompt, its last; of an answer, its first: seconds on a CPU
-GPU_OPTIMIZERS = "bnb|paged|8bit|lion|ademamix"  # those of bitsandbytes
 
 
 def rehearse(job: Job, start: Start, preferences: Preferences) -> None:
@@ -3637,7 +3662,7 @@ def shrink_job(job: Job, start: Start, folder: Path) -> Job:
             model_args.dtype = "float32"
         args.fp16 = False
         args.activation_offloading = False
-        if re.search(GPU_OPTIMIZERS, args.optim):
+        if re.search(OF_BITSANDBYTES, args.optim):
             args.optim = transformers.training_args.OptimizerNames.ADAMW_TORCH
     second_model = None
     if job.settings.ref_model_name_or_path is not None:
@@ -3920,9 +3945,11 @@ def read_advice(history: list[dict]) -> dict[str, str]:
 
 
 def add_advice(state: transformers.TrainerState, advice: dict[str, str]) -> None:
-    """Put {kind: line} into the log, which checkpoints and metrics.jsonl keep."""
-    if advice:
-        state.log_history.append({"step": state.global_step, "advice": advice})
+    """Put {kind: line} into the log, which checkpoints and metrics.jsonl keep; each kind once."""
+    told = read_advice(state.log_history)
+    new = {kind: line for kind, line in advice.items() if kind not in told}
+    if new:
+        state.log_history.append({"step": state.global_step, "advice": new})
 
 
 def note_kept_step(trainer: PreferenceTrainer) -> None:
@@ -3934,8 +3961,8 @@ def note_kept_step(trainer: PreferenceTrainer) -> None:
     step = int(Path(best).name.removeprefix("checkpoint-"))
     metric = trainer.args.metric_for_best_model.removeprefix("eval_")
     line = f"the adapter is that of step {step}, the best by held-out {metric}"
-    add_advice(state, {"kept": line})
-    state.log_history[-1]["kept_step"] = step
+    row = {"step": state.global_step, "advice": {"kept": line}, "kept_step": step}
+    state.log_history.append(row)
     if is_main_process():
         write_metrics(state.log_history, Path(trainer.args.output_dir, "metrics.jsonl"))
 
@@ -4587,10 +4614,11 @@ def move_aside(folder: Path) -> Path:
     aside = folder.with_name(f"{folder.name}-old-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
         aside.mkdir()
-        last = ("settings.yaml", CARD)
-        for path in sorted(folder.iterdir(), key=lambda path: path.name in last):
-            if path.name != ".lock":
-                shutil.move(path, aside)  # copies where the folder is a mount of its own
+        names = [path.name for path in folder.iterdir()]
+        marks = [name for name in (CARD, "settings.yaml") if name in names]
+        others = [name for name in names if name not in (*marks, ".lock")]
+        for name in [*others, *marks]:
+            shutil.move(folder / name, aside)  # copies where the folder is a mount of its own
     except OSError as error:
         raise UserError(f"output_dir={folder} cannot be moved to {aside}: {error}") from error
     return aside
@@ -4634,12 +4662,14 @@ class Keeper(TrainerCallback):
     SIGTERM or Ctrl-C.
 
     The first signal lets all processes finish the step, save and stop; another one ends the program
-    at once. `checkpoint` is the one that the run continues from.
+    at once. `saved` is the state that the run continues from.
     """
 
-    def __init__(self, trainer: PreferenceTrainer, checkpoint: str | None = None) -> None:
+    def __init__(
+        self, trainer: PreferenceTrainer, saved: transformers.TrainerState | None = None
+    ) -> None:
         self.trainer = trainer
-        self.checkpoint = checkpoint
+        self.saved = saved
         # not looked up on the disk, which processes may see at different times
         self.saved_step: int | None = None
         self.heard: int | None = None  # the first signal
@@ -4662,8 +4692,10 @@ class Keeper(TrainerCallback):
         checkpoint brings others.
         """
         state.compute_steps(args, state.max_steps)
-        if self.checkpoint is not None:
-            state.best_model_checkpoint = read_state(self.checkpoint).best_model_checkpoint
+        if self.saved is not None:
+            state.best_model_checkpoint = self.saved.best_model_checkpoint
+            state.best_metric = self.saved.best_metric
+            state.best_global_step = self.saved.best_global_step
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the order of the pairs: where several processes resume within an epoch, Trainer does
@@ -4742,11 +4774,12 @@ def train_policy(trainer: PreferenceTrainer, job: Job, preferences: Preferences)
     checkpoint = find_checkpoint(trainer)
     if is_main_process():
         write_settings(job, preferences)  # from here on, the folder is this run's
-    trained_in = load_trained(trainer, checkpoint)
+    saved = None if checkpoint is None else read_state(checkpoint)
+    trained_in = load_trained(trainer, checkpoint, saved)
     trainer.accelerator.wait_for_everyone()  # until all have looked: an adapter may be placed next
     report = Report(trainer, job)
     if trained_in is None:
-        train_from(checkpoint, trainer, job, report)
+        train_from(checkpoint, saved, trainer, job, report)
     else:
         report.advise(trainer.state, trainer.control)  # a run that was stopped stays so
     if report.stopped is not None:
@@ -4758,10 +4791,14 @@ def train_policy(trainer: PreferenceTrainer, job: Job, preferences: Preferences)
 
 
 def train_from(
-    checkpoint: str | None, trainer: PreferenceTrainer, job: Job, report: Report
+    checkpoint: str | None,
+    saved: transformers.TrainerState | None,
+    trainer: PreferenceTrainer,
+    job: Job,
+    report: Report,
 ) -> None:
     """Train with the callbacks and signal handlers of a run."""
-    keeper = Keeper(trainer, checkpoint)
+    keeper = Keeper(trainer, saved)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.remove_callback(transformers.ProgressCallback)
     trainer.add_callback(report)
@@ -4786,7 +4823,9 @@ def train_from(
             signal.signal(number, handler)
 
 
-def load_trained(trainer: PreferenceTrainer, checkpoint: str | None) -> Path | None:
+def load_trained(
+    trainer: PreferenceTrainer, checkpoint: str | None, saved: transformers.TrainerState | None
+) -> Path | None:
     """Take up log and adapter of a run that is trained but has no card yet.
 
     Returns the folder that the adapter is in: output_dir, or a checkpoint that it is still to be
@@ -4796,8 +4835,8 @@ def load_trained(trainer: PreferenceTrainer, checkpoint: str | None) -> Path | N
     if has_adapter(folder):
         state = read_log(folder)  # the newest checkpoint may be of an earlier step
         source = folder
-    elif checkpoint is not None and is_at_end(read_state(checkpoint)):
-        state = read_state(checkpoint)
+    elif saved is not None and is_at_end(saved):
+        state = saved
         source = Path(checkpoint)
         if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             source = Path(state.best_model_checkpoint)
@@ -4815,7 +4854,12 @@ def read_state(checkpoint: str) -> transformers.TrainerState:
     state = transformers.TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
     if state.best_model_checkpoint is not None:
         best = Path(checkpoint).with_name(Path(state.best_model_checkpoint).name)
-        state.best_model_checkpoint = str(best) if best.exists() else None
+        state.best_model_checkpoint = str(best)
+        if not best.exists():  # the best of what is still to come counts
+            say(f"! {best.name}, the best so far, is gone; a later one is kept")
+            state.best_model_checkpoint = None
+            state.best_metric = None
+            state.best_global_step = None
     return state
 
 
@@ -4907,8 +4951,20 @@ MERGE_PAIRS = 8  # compared before and after
 MERGE_TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "float16": 0.05, "bfloat16": 0.1}
 
 
-@torch.no_grad()
 def merge_adapter(job: Job, start: Start, preferences: Preferences) -> None:
+    """Write the merged model; UserError where that cannot be done, or the GPU has no room."""
+    try:
+        write_merged(job, start, preferences)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"merge=true: the GPU has no room for the whole model in {job.model_args.dtype}. The "
+            "adapter is saved: merge with `--use_cpu true` or on a larger GPU, without overwrite",
+            status=1,
+        ) from error
+
+
+@torch.no_grad()
+def write_merged(job: Job, start: Start, preferences: Preferences) -> None:
     """The full model in output_dir/merged: base plus adapter, with the tokenizer, reloaded and
     compared before it counts.
 
@@ -4949,7 +5005,7 @@ def merge_adapter(job: Job, start: Start, preferences: Preferences) -> None:
 
 
 def score_tokens(
-    model: torch.nn.Module, pairs: Dataset, max_length: int | None = None
+    model: torch.nn.Module, pairs: Dataset | list[dict], max_length: int | None = None
 ) -> torch.Tensor:
     """Log-probs of all tokens of the chosen answers after the cut, one after the other, in nats."""
     logps = []

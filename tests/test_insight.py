@@ -564,6 +564,14 @@ def test_the_card_has_metadata_that_the_hub_reads_and_no_none(finished, inputs, 
         assert "beta 0.1," in text and "rewards.png" in text and "held out" in text
 
 
+def test_advice_is_in_the_log_once():
+    """Also where the end of a run is gone through again."""
+    state = TrainerState(global_step=3)
+    dpotrainer.add_advice(state, {"long": "! a"})
+    dpotrainer.add_advice(state, {"long": "! a", "endless": "! b"})
+    assert [row["advice"] for row in state.log_history] == [{"long": "! a"}, {"endless": "! b"}]
+
+
 def test_the_card_names_what_is_on_the_hub(make_job, tokenizer, tmp_path):
     job = make_job(learning_rate=5e-6)
     job.script_args.dataset_name = "trl-lib/ultrafeedback_binarized"

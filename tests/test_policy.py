@@ -1000,6 +1000,36 @@ def test_a_finished_run_merges(base, train):
     assert tiny.hash_file(output / "adapter_model.safetensors") == before
 
 
+def test_a_gpu_without_room_for_a_merge_keeps_the_run(base, train, monkeypatch):
+    output, _ = train(base)
+
+    def fail(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(dpotrainer, "load_causal_lm", fail)
+    _, printed = train(base, status=1, merge=True)
+    assert "merge=true: the GPU has no room for the whole model in float32" in printed
+    assert (
+        "--overwrite" not in printed.partition("merge=true")[2] and (output / "README.md").exists()
+    )
+
+
+def test_a_metric_that_there_is_not_is_told_before_training(base, train):
+    metric = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy"}
+    output, printed = train(base, status=2, **metric)
+    assert "metric_for_best_model=accuracy: must be one of loss, rewards/chosen, " in printed
+    assert not output.exists()
+
+
+def test_the_held_out_metrics_are_those_that_are_logged(base, train):
+    output, _ = train(base)
+    [row] = tiny.evaluations(output)[-1:]
+    assert {f"eval_{name}" for name in dpotrainer.HELD_OUT_METRICS} == row.keys() - {
+        "step",
+        "epoch",
+    }
+
+
 def test_the_base_that_an_adapter_pins_is_the_one_that_is_loaded(sft, data, tmp_path, monkeypatch):
     pinned = shutil.copytree(sft, tmp_path / "pinned")
     config = json.loads((pinned / "adapter_config.json").read_text())

@@ -114,9 +114,12 @@ def test_what_would_fail_later_is_refused_by_name(name, rehearse):
     assert "rehearsed " not in printed
 
 
-def test_a_module_to_save_that_there_is_not_is_refused(rehearse):
+def test_a_module_to_save_that_there_is_not_is_refused(rehearse, monkeypatch):
     told = "dpotrainer: lora_modules_to_save=no_such_head: the model has no such module\n"
     assert told in rehearse(status=2, lora_modules_to_save="no_such_head")
+    monkeypatch.setenv("RANK", "1")  # no process goes on alone, to wait for one that has ended
+    rehearse(status=2, lora_modules_to_save="no_such_head")
+    monkeypatch.delenv("RANK")
     assert "rehearsed  in" in rehearse(lora_modules_to_save="lm_head")
 
 

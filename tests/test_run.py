@@ -1011,6 +1011,24 @@ def test_a_signal_in_a_step_that_is_not_the_best_is_saved_all_the_same(run, tmp_
     same_result(tmp_path / "out", whole)
 
 
+def test_a_best_checkpoint_that_is_gone_is_told_and_a_later_one_is_kept(run, tmp_path):
+    settings = LEAPS | {"save_strategy": "best", "eval_steps": 1, "logging_steps": 5}
+    settings |= {"max_steps": 8, "load_best_model_at_end": True}
+    run(**settings)
+    losses = {row["step"]: row["eval_loss"] for row in tiny.evaluations(tmp_path / "out")}
+    (tmp_path / "out").rename(tmp_path / "whole")
+    best = min(losses, key=losses.get)
+    term = functools.partial(send, at=best + 1, signals=[signal.SIGTERM])
+    run(term, status=143, **settings)
+    shutil.rmtree(tmp_path / "out" / f"checkpoint-{best}")
+    printed = run(**settings)
+    assert printed.count(f"! checkpoint-{best}, the best so far, is gone; a later one is kept") == 1
+    later = {step: loss for step, loss in losses.items() if step > best + 1}
+    kept = min(later, key=later.get)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"the adapter is that of step {kept}, the best by held-out loss" in card
+
+
 def test_a_signal_in_the_last_evaluation_is_saved_without_checkpoints_too(run, finished, tmp_path):
     term = functools.partial(send_in_evaluation, at=12, number=signal.SIGTERM)
     printed = run(term, tell_saves, status=143, save_strategy="no")
