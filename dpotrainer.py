@@ -714,11 +714,8 @@ def explain_unknown(name: str) -> str:
 def let_constants_give_way(draft: Draft) -> None:
     """A constant gives way to another setting of a file or a flag that says otherwise."""
     for name, other in GIVES_WAY.items():
-        if (
-            draft.values[other]
-            and is_constant(name, draft.origins)
-            and not is_constant(other, draft.origins)
-        ):
+        is_overruled = is_constant(name, draft.origins) and not is_constant(other, draft.origins)
+        if is_overruled and draft.values[other]:
             draft.values[name] = None
 
 
@@ -1088,14 +1085,14 @@ def load_preferences(job: Job, tokenizer: PreTrainedTokenizerBase) -> Preference
     source = " + ".join(name_sources(job))
     # the other processes find the work of the first in the cache
     with global_then_local_main_first():
-        splits, remarks = read_splits(job, source)
+        splits, remarks = read_splits(job)
         try:
             prepared = [
                 prepare_split(job, tokenizer, f"{source} ({split})", split, rows, remarks)
                 for split, rows in splits.items()
             ]
         except UnicodeDecodeError as error:  # arrow finds it when a row is read, not before
-            raise UserError(explain_failure(source, error)) from error
+            raise UserError(explain_failure(job, error)) from error
     if len(prepared) == 1:
         prepared = hold_out(job, prepared[0])
     train, held_out = prepared
@@ -1113,6 +1110,12 @@ def name_sources(job: Job) -> list[str]:
     if job.mixture_args.datasets:
         return [part.path for part in job.mixture_args.datasets]
     return [job.script_args.dataset_name]
+
+
+def name_setting(job: Job) -> str:
+    """The setting that says what the data is, with its value."""
+    setting = "datasets" if job.mixture_args.datasets else "dataset_name"
+    return f"{setting}={' + '.join(name_sources(job))}"
 
 
 def hold_out(job: Job, pairs: Dataset) -> tuple[Dataset, Dataset | None]:
@@ -1151,7 +1154,7 @@ SPLITS = {  # names of HuggingFaceH4's and others, in place of TRL's defaults
 HUB_SECONDS = 5  # until the hub must have answered
 
 
-def read_splits(job: Job, source: str) -> tuple[dict[str, Dataset], list[str]]:
+def read_splits(job: Job) -> tuple[dict[str, Dataset], list[str]]:
     """{split: rows}, the first to train on, the second, if any, held out; and what was left out."""
     try:
         if job.mixture_args.datasets:
@@ -1161,12 +1164,12 @@ def read_splits(job: Job, source: str) -> tuple[dict[str, Dataset], list[str]]:
         else:
             found = read_source(job.script_args.dataset_name, job.script_args.dataset_config)
     except UserError as error:
-        raise UserError(f"dataset_name={source} cannot be read: {error}") from error
+        raise UserError(f"{name_setting(job)} cannot be read: {error}") from error
     except Exception as error:  # the network's, the hub's, arrow's, pandas'
         if is_disk_full(error):
             raise
-        raise UserError(explain_failure(source, error)) from error
-    return choose_splits(job, source, found)
+        raise UserError(explain_failure(job, error)) from error
+    return choose_splits(job, found)
 
 
 def read_source(name: str, config: str | None) -> dict[str, Dataset]:
@@ -1318,10 +1321,10 @@ def hub_advice() -> str:
     )
 
 
-def explain_failure(name: str, error: Exception) -> str:
-    """Why a source cannot be read, and what to do."""
-    message = f"dataset_name={name} cannot be read: "
-    path = Path(name)
+def explain_failure(job: Job, error: Exception) -> str:
+    """Why the data cannot be read, and what to do."""
+    message = f"{name_setting(job)} cannot be read: "
+    path = Path(" + ".join(name_sources(job)))  # several have no file of their own to look into
     if not path.exists():
         return f"{message}{first_line(error)}\n{hub_advice()}"
     for file in [path, *sorted(path.rglob("*.*"))]:
@@ -1366,9 +1369,7 @@ def find_bad_line(path: Path) -> str:
     return ""
 
 
-def choose_splits(
-    job: Job, source: str, found: dict[str, Dataset]
-) -> tuple[dict[str, Dataset], list[str]]:
+def choose_splits(job: Job, found: dict[str, Dataset]) -> tuple[dict[str, Dataset], list[str]]:
     """The split to train on and the one held out, if any; and a line on those that are not read."""
     train = job.script_args.dataset_train_split
     test = job.script_args.dataset_test_split
@@ -1376,7 +1377,7 @@ def choose_splits(
     tests = [name for name in SPLITS.get(test, [test]) if name in found]
     if not trains or (not tests and test != "test"):
         raise UserError(
-            f"dataset_name={source}: has the splits {', '.join(found)}, but not "
+            f"{name_setting(job)}: has the splits {', '.join(found)}, but not "
             f"both dataset_train_split={train} and dataset_test_split={test}"
         )
     names = trains[:1] + tests[:1]

@@ -1281,6 +1281,13 @@ def test_pairs_on_both_sides_are_told(tokenizer, tmp_path):
     )
 
 
+def test_a_mixture_that_cannot_be_read_names_its_own_setting(tokenizer, tmp_path):
+    part = trl.scripts.utils.DatasetConfig(path="json", data_files=str(tmp_path / "gone.jsonl"))
+    job = make_job(None, mixture=DatasetMixtureConfig(datasets=[part]))
+    with pytest.raises(dpotrainer.UserError, match=r"^datasets=json cannot be read: .*gone\.jsonl"):
+        dpotrainer.load_preferences(job, tokenizer)
+
+
 def test_a_mixture_is_read_as_trl_reads_it(tokenizer, tmp_path):
     first = write(
         tmp_path, [pair(f"first {i}", "a", "b", source="x") for i in range(20)], "first.jsonl"

@@ -397,7 +397,7 @@ def test_what_says_that_a_run_is_there_and_finished_is_moved_last(tmp_path, monk
     moved = []
     monkeypatch.setattr(dpotrainer.shutil, "move", lambda path, aside: moved.append(path.name))
     dpotrainer.move_aside(folder)
-    assert len(moved) == 5 and set(moved[3:]) == {"settings.yaml", "README.md"}
+    assert len(moved) == 5 and moved[3:] == ["README.md", "settings.yaml"]
 
 
 def test_overwrite_moves_the_old_run_aside(run, stopped, tmp_path):
