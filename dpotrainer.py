@@ -1731,12 +1731,12 @@ class PairPreparer:
         columns: dict[str, str],  # {our name: column, or path into a struct}
         sample: list[dict],  # the first rows
     ) -> None:
-        # nothing else of the job, so that other settings leave the cache valid
         needs_template = "system" in columns
         for name in ("tools", "chat_template_kwargs"):
             if name in columns and is_filled(sample, columns[name]):
                 needs_template = True
         has_template = tokenizer.chat_template is not None
+        # nothing else of the job, so that other settings leave the cache valid
         self.makes_chats = job.settings.chat_strings or (needs_template and has_template)
         self.max_length = job.training_args.max_length or sys.maxsize
         self.tokenizer = tokenizer
@@ -2183,16 +2183,21 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; that of the base where SFT has saved the adapter alone."""
     name = source.name
     revision = source.revision
-    own_config = transformers.utils.cached_file(
-        name,
-        "tokenizer_config.json",
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-    )
-    if source.adapter is not None and own_config is None:
+    if source.adapter is not None and not has_tokenizer(source):
         name = source.base_name
         revision = source.base_revision
     return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+
+
+def has_tokenizer(source: Source) -> bool:
+    """Whether there is one beside a model; one that is damaged is there, too."""
+    found = transformers.utils.cached_file(
+        source.name,
+        "tokenizer_config.json",
+        revision=source.revision,
+        _raise_exceptions_for_missing_entries=False,
+    )
+    return found is not None
 
 
 def count_positions(config: transformers.PretrainedConfig) -> float:
